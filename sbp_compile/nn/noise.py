@@ -76,8 +76,8 @@ class LogNormalNoise(nn.Module):
         centre = torch.where(flip, mu, a + b - mu)
         low, high = (a - centre) / s, ((b - centre) / s).clamp(min=-35.0)
         centre = torch.minimum(centre, b + 35.0 * s)
-        p_low, p_high = torch.special.ndtr(low), torch.special.ndtr(high)
-        y = torch.special.ndtri(p_low + u * (p_high - p_low))
+        p_low, p_high = torch.erfc(-low / math.sqrt(2)) / 2, torch.erfc(-high / math.sqrt(2)) / 2
+        y = torch.special.ndtri(p_low + u * (p_high - p_low)).clamp(min=-1e30)
         x = (centre + s * y).clamp(a, b)
         return torch.where(flip, x, a + b - x).clamp(a, b).exp()
 
