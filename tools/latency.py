@@ -1,0 +1,188 @@
+"""Compare the latency of ONNX models in onnxruntime; `python tools/latency.py --help` says how."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
+
+from sbp_compile.atomic import write_atomically
+from sbp_compile.errors import CompileError, OutputError, UsageError
+from sbp_compile.timing import Comparison, compare, environment, progress_bar
+
+DESCRIPTION = """\
+Times ONNX models in onnxruntime and says how much faster each is than the first, with a 95% interval.
+
+The models take turns in one process (A B B A, in random order), so that a busy or a warming machine is slow
+for all of them alike. Timing goes on until the interval is as narrow as --target asks, or until --budget is
+over; the output says which. Inputs are random, made from what the models declare, and already on the device:
+copies are not timed."""
+
+EPILOG = """\
+examples:
+  python tools/latency.py dense.onnx small.onnx
+  python tools/latency.py dense.onnx small.onnx --batch 1,16,64 --threads 2 --json out.json
+  python tools/latency.py a.onnx b.onnx --shape tokens=batch,128      (every axis of the input 'tokens')
+  python tools/latency.py a.onnx b.onnx --shape height=224 --shape width=224      (named axes)
+
+exit codes:
+  0  timed; warnings, if any, are printed below the table
+  2  an option cannot be used, or the provider is missing
+  3  a model file is missing, or is not an ONNX model
+  4  the inputs are not determined or do not fit: --shape or --batch is needed
+  5  a model has inputs that are no tensors of numbers
+  7  the JSON file cannot be written
+
+docs/latency.md says how the interval is made, and what these numbers do not cover."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad option like every other error: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code is returned."""
+    try:
+        options = _parser().parse_args(arguments)
+        _run(options)
+    except CompileError as error:
+        print(f"latency: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("latency: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.json is not None:
+        _check_writable(options.json)
+    models, shapes = _names(options.models), dict(options.shape)
+    found, console, comparisons = environment(), Console(), []
+    for batch in options.batch:
+        comparison = _compare(options, models, shapes, batch)
+        console.print(comparison)
+        comparisons.append(comparison.to_json())
+    console.print(f"{found['processor']}, {found['cores']} cores, onnxruntime {found['onnxruntime']}")
+    if options.json is not None:
+        content = {"environment": found, "comparisons": comparisons}
+        write_atomically(options.json, json.dumps(content, indent=2) + "\n")
+
+
+def _compare(
+    options: argparse.Namespace, models: dict[str, Path], shapes: dict[str, int | list[int | str]], batch: int
+) -> Comparison:
+    with progress_bar(Console(stderr=True)) as progress:
+        return compare(
+            models,
+            batch=batch,
+            threads=options.threads,
+            provider=options.provider,
+            shapes=shapes,
+            target_half_width=options.target,
+            budget_s=options.budget,
+            seed=options.seed,
+            progress=progress,
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="latency.py",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "models",
+        nargs="+",
+        type=Path,
+        metavar="model.onnx",
+        help="the first one is what the others are compared with",
+    )
+    add(
+        "--provider",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where to run (default: cpu); TF32 is off on cuda",
+    )
+    add("--threads", type=_positive, default=1, metavar="N", help="threads within an operator (default: 1)")
+    add(
+        "--batch",
+        type=_batches,
+        default=[1],
+        metavar="1,16,64",
+        help="batch sizes, one table each (default: 1)",
+    )
+    add(
+        "--shape",
+        type=_shape,
+        action="append",
+        default=[],
+        metavar="NAME=SIZES",
+        help="an input's whole shape, or a named axis' size; needed for dynamic axes other than the batch",
+    )
+    add(
+        "--target",
+        type=float,
+        default=0.02,
+        metavar="FRACTION",
+        help="half width to reach (default: 0.02, 2%%)",
+    )
+    add("--budget", type=float, default=30.0, metavar="SECONDS", help="time per batch size (default: 30)")
+    add("--seed", type=int, default=0, metavar="N", help="of inputs, order and interval (default: 0)")
+    add("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def _batches(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _shape(text: str) -> tuple[str, int | list[int | str]]:
+    name, equals, sizes = text.partition("=")
+    if not (name and equals and sizes):
+        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=SIZES, such as tokens=batch,128")
+    parts: list[int | str] = [part if part == "batch" else _positive(part) for part in sizes.split(",")]
+    return name, parts
+
+
+def _names(paths: Sequence[Path]) -> dict[str, Path]:
+    """Short names where they tell the models apart, else paths, numbered where even those repeat."""
+    short = [path.name for path in paths]
+    names = short if len(set(short)) == len(short) else [str(path) for path in paths]
+    return {_numbered(names, at): path for at, path in enumerate(paths)}
+
+
+def _numbered(names: Sequence[str], at: int) -> str:
+    earlier = names[:at].count(names[at])
+    return f"{names[at]} (again {earlier})" if earlier else names[at]
+
+
+def _check_writable(path: Path) -> None:
+    """Raise OutputError before minutes are spent on numbers that would be lost."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path} cannot be written: give a file in a folder that exists and is writable")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
