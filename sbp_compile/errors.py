@@ -46,3 +46,7 @@ class OutputError(CompileError):
     """The output cannot be written."""
 
     exit_code = 7
+
+
+class BatchPinnedWarning(UserWarning):
+    """A dynamic batch was asked for, but the model works with one batch size only."""

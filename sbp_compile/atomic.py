@@ -1,0 +1,86 @@
+"""Writing a file so that its final name never holds half of it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from sbp_compile.errors import OutputError
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path next to `path`; it gets the final name only if the block ends well.
+
+    The temporary file exists and is empty; it keeps `path`'s suffix, for writers that look at it. On any
+    exception, an interrupt included, it is removed and whatever was at `path` stays as it was.
+
+    Raises `OutputError` when the folder is missing or not writable, when `path` is a directory, or when the
+    system refuses a write (a full disk, for example).
+    """
+    target = Path(path)
+    temporary = _create_beside(target)
+    try:
+        yield temporary
+        _publish(temporary, target)
+    except OSError as error:
+        raise OutputError(f"cannot write {str(target)!r}: {_reason(error)}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Yield a binary file opened for writing and reading; see `atomic_path` for what happens at the end."""
+    with atomic_path(path) as temporary, temporary.open("w+b") as file:
+        yield file
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Write `content` (text as UTF-8) to `path` in one step; see `atomic_path` for the errors."""
+    data = content.encode() if isinstance(content, str) else content
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def _create_beside(target: Path) -> Path:
+    """Create the temporary file in the target's folder: a rename is atomic only within one file system."""
+    if target.is_dir():
+        raise OutputError(f"cannot write {str(target)!r}: it is a directory; give a file name")
+    if not target.parent.is_dir():
+        raise OutputError(
+            f"cannot write {str(target)!r}: there is no folder {str(target.parent)!r}; create it first"
+        )
+    try:
+        handle, name = tempfile.mkstemp(
+            prefix=f".{target.stem[:32]}-", suffix=target.suffix, dir=target.parent
+        )
+    except OSError as error:
+        raise OutputError(f"cannot write {str(target)!r}: {_reason(error)}") from error
+    os.close(handle)
+    return Path(name)
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.chmod(_wanted_mode(target))
+    temporary.replace(target)
+
+
+def _wanted_mode(target: Path) -> int:
+    """Return the mode of the file replaced, else what `open` would give (mkstemp's own is private)."""
+    if target.exists():
+        return target.stat().st_mode & 0o777
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

@@ -1,0 +1,6 @@
+"""Whatever the user has, as an exported program: capture of modules, and the model file."""
+
+from sbp_compile.capture.export import export_module
+from sbp_compile.capture.model_file import LoadedModel, load_model, save_model
+
+__all__ = ["LoadedModel", "export_module", "load_model", "save_model"]
