@@ -1,0 +1,306 @@
+"""canonicalize: one ATen dialect, so that every later pass meets each operation in one form.
+
+- constant subgraphs (deterministic, from constants alone) are evaluated once: a noise layer becomes one vector;
+- copies, no-op casts and assertions go; sizes are taken from the network's inputs;
+- addmm, mm and matmul with a constant become linear; every convolution becomes conv1d, conv2d or conv3d;
+- batch norm in eval mode becomes y = x * scale + shift with scale = gamma / sqrt(var + eps), shift = beta - mean * scale;
+- split, chunk and unbind become slices;
+- x + 0, x * 1 and the like go.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from passes.ir import schema
+from passes.ir.analysis import LARGEST_CONSTANT, size_source
+from passes.ir.pipeline import Result
+from passes.ir.program import Op, Program
+from passes.ir.rewriter import Rewriter
+from passes.rules.pointwise import CASTS, COPIES
+
+aten = torch.ops.aten
+
+Handler = Callable[[Op, Rewriter], "fx.Node | int | None"]
+
+
+@dataclass(frozen=True)
+class Canonicalize:
+    """The pass; it has no options."""
+
+    name: str = "canonicalize"
+
+    def __call__(self, program: Program) -> Result:
+        folded = fold_constants(program)
+        result = rewrite_calls(folded)
+        return Result(result, len(result.nodes) != len(program.nodes))
+
+
+def fold_constants(program: Program) -> Program:
+    """Replace every deterministic call on constants alone by its value."""
+    values: dict[fx.Node, Any] = {}
+    for node in program.graph.nodes:
+        constant = program.constant(node)
+        if constant is not None:
+            values[node] = constant
+        elif node.op == "call_function" and _is_foldable(node, values):
+            value = _evaluate(node, values)
+            if not isinstance(value, Tensor) or value.numel() <= LARGEST_CONSTANT:
+                values[node] = value
+    rewriter = Rewriter(program)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            rewriter.placeholder(node)
+        elif node.op == "call_function" and isinstance(values.get(node), Tensor):
+            dtype = node.meta.get("dtype", values[node].dtype)
+            rewriter.env[node] = rewriter.constant(values[node], node.meta.get("constant_name", node.name), dtype)
+        elif node.op == "call_function" and node not in values:
+            rewriter.env[node] = rewriter.copy(node)
+    rewriter.output()
+    return rewriter.finish()
+
+
+def _is_foldable(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    return schema.is_deterministic(node.target) and all(operand in values for operand in node.all_input_nodes)
+
+
+def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    with torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def rewrite_calls(program: Program) -> Program:
+    """Apply the table of handlers to every call."""
+    rewriter = Rewriter(program)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            rewriter.placeholder(node)
+        elif node.op == "call_function" and node.target not in DROPPED:
+            handler = HANDLERS.get(node.target)
+            result = handler(Op(program, node), rewriter) if handler else None
+            rewriter.env[node] = rewriter.copy(node) if result is None else result  # type: ignore[assignment]
+    rewriter.output()
+    return rewriter.finish()
+
+
+DROPPED = frozenset(
+    {
+        aten._assert_tensor_metadata.default,
+        aten._assert_scalar.default,
+        aten._assert_async.msg,
+        aten.sym_constrain_range.default,
+        aten.sym_constrain_range_for_size.default,
+    }
+)
+
+
+def _forward_operand(op: Op, rewriter: Rewriter) -> fx.Node:
+    return rewriter.value(op.operands[0])
+
+
+def _cast(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    source = op.operands[0]
+    return rewriter.value(source) if op.info is not None and op.info_of(source).dtype == op.info.dtype else None
+
+
+def _size(op: Op, rewriter: Rewriter) -> fx.Node | int | None:
+    source, axis = op.node.args[0], op.args["dim"]
+    info = op.program.infos.get(source)  # type: ignore[arg-type]
+    if info is None:
+        return None
+    axis %= info.rank
+    if info.is_static(axis):
+        return info.sizes[axis]
+    found = size_source(op.program, info, axis)
+    return None if found is None else rewriter.size_node(found, op.node)
+
+
+def _batch_norm(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    mean, var = op.constant("running_mean"), op.constant("running_var")
+    gamma, beta = op.constant("weight"), op.constant("bias")
+    source = op.args["input"]
+    if mean is None or var is None or (op.args["weight"] is not None and gamma is None) or source not in op.program.infos:
+        return None
+    scale = torch.rsqrt(var + op.args["eps"])
+    if gamma is not None:
+        scale = scale * gamma
+    shift = -mean * scale if beta is None else beta - mean * scale
+    rank = op.info_of(source).rank
+    held = op.args["weight"] if gamma is not None else op.args["running_mean"]
+    dtype, base = rewriter.dtype_of(held), str(held.target).rsplit(".", 1)[0]
+    shape = (-1, *([1] * (rank - 2)))
+    scaled = rewriter.call(
+        aten.mul.Tensor,
+        (rewriter.value(source), rewriter.constant(scale.reshape(shape), f"{base}.scale", dtype)),
+        like=op.node,
+        step="scale",
+    )
+    return rewriter.call(
+        aten.add.Tensor, (scaled, rewriter.constant(shift.reshape(shape), f"{base}.shift", dtype)), like=op.node
+    )
+
+
+def _getitem(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    source, position = op.node.args
+    assert isinstance(source, fx.Node)
+    if source.target in BATCH_NORMS and position == 0 and source in rewriter.env:
+        new = rewriter.env[source]
+        if new.target is not aten.add.Tensor:
+            return None
+        new.meta = dict(op.node.meta)
+        return new
+    piece = PIECES.get(source.target)
+    return None if piece is None else piece(op, Op(op.program, source), rewriter)
+
+
+def _split_piece(op: Op, split: Op, rewriter: Rewriter) -> fx.Node | None:
+    source, axis = split.operands[0], split.args["dim"]
+    info = split.info_of(source)
+    axis %= info.rank
+    if not info.is_static(axis):
+        return None
+    sizes = split.arg("split_sizes", "split_size", "chunks")
+    position: int = op.node.args[1]  # type: ignore[assignment]
+    if isinstance(sizes, (list, tuple)):
+        if not all(isinstance(size, int) for size in sizes):
+            return None
+        start, stop = sum(sizes[:position]), sum(sizes[: position + 1])
+    else:
+        start, stop = sizes * position, min(sizes * (position + 1), info.sizes[axis])
+    return rewriter.call(aten.slice.Tensor, (rewriter.value(source), axis, start, stop), like=op.node)
+
+
+def _unbind_piece(op: Op, unbind: Op, rewriter: Rewriter) -> fx.Node:
+    source = unbind.operands[0]
+    return rewriter.call(aten.select.int, (rewriter.value(source), unbind.args["dim"], op.node.args[1]), like=op.node)
+
+
+PIECES: dict[Any, Callable[[Op, Op, Rewriter], "fx.Node | None"]] = {
+    aten.split.Tensor: _split_piece,
+    aten.split_with_sizes.default: _split_piece,
+    aten.unbind.int: _unbind_piece,
+}
+
+
+def _linear_call(op: Op, rewriter: Rewriter, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+    """linear(x, W^T, b) in the place of a product x W + b."""
+    value = op.program.constant(weight)
+    assert value is not None
+    args: list[Any] = [rewriter.value(x)]
+    args.append(rewriter.constant(value.T, str(weight.target), rewriter.dtype_of(weight)))
+    if bias is not None:
+        held = op.program.constant(bias)
+        assert held is not None
+        full = held.expand(value.shape[1]).clone()
+        args.append(rewriter.constant(full, str(bias.target), rewriter.dtype_of(bias)))
+    return rewriter.call(aten.linear.default, args, like=op.node)
+
+
+def _is_matrix(op: Op, node: object) -> bool:
+    value = op.program.constant(node)
+    return value is not None and value.ndim == 2
+
+
+def _addmm(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    bias, x, weight = (op.args[name] for name in ("self", "mat1", "mat2"))
+    held = op.program.constant(bias)
+    plain = op.args["beta"] == 1 and op.args["alpha"] == 1
+    if not plain or held is None or held.ndim > 1 or not _is_matrix(op, weight) or _is_matrix(op, x):
+        return None
+    return _linear_call(op, rewriter, x, weight, bias)
+
+
+def _mm(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    x, weight = op.args["self"], op.arg("mat2", "other")
+    if not _is_matrix(op, weight) or op.program.constant(x) is not None:
+        return None
+    return _linear_call(op, rewriter, x, weight, None)
+
+
+CONVOLUTION_OF_RANK = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+
+
+def _convolution(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    weight = op.constant("weight")
+    if weight is None or op.args["transposed"]:
+        return None
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    args = [rewriter.map(op.args[name]) for name in names]
+    return rewriter.call(CONVOLUTION_OF_RANK[weight.ndim - 2], args, like=op.node)
+
+
+def _convolution_padding(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    """padding="same" or "valid" as numbers; unequal sides become a pad in front."""
+    weight = op.constant("weight")
+    if weight is None:
+        return None
+    rank = weight.ndim - 2
+    dilation = list(op.args["dilation"])
+    dilation = dilation * rank if len(dilation) == 1 else dilation
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    total = total if op.args["padding"] == "same" else [0] * rank
+    x = rewriter.map(op.args["input"])
+    if any(amount % 2 for amount in total):
+        pads = [side for amount in reversed(total) for side in (0, amount % 2)]
+        x = rewriter.call(aten.constant_pad_nd.default, (x, pads, 0.0), like=op.node, step="pad")
+    rest = [rewriter.map(op.args[name]) for name in ("weight", "bias", "stride")]
+    padding = [amount // 2 for amount in total]
+    target = CONVOLUTION_OF_RANK[rank]
+    return rewriter.call(target, (x, *rest, padding, dilation, op.args["groups"]), like=op.node)
+
+
+def _identity(neutral: float, commutes: bool) -> Handler:
+    """x op neutral = x, where the other operand is the neutral constant and shape and dtype stay."""
+
+    def handler(op: Op, rewriter: Rewriter) -> fx.Node | None:
+        x, other = op.node.args[0], op.node.args[1]
+        if op.args.get("alpha", 1) != 1:
+            return None
+        for kept, dropped in ((x, other), (other, x)) if commutes else ((x, other),):
+            value = op.program.constant(dropped) if isinstance(dropped, fx.Node) else dropped
+            if value is None or not isinstance(kept, fx.Node) or kept not in op.program.infos:
+                continue
+            info = op.info_of(kept)
+            same = op.info is not None and info.sizes == op.info.sizes and info.dtype == op.info.dtype
+            if same and bool(torch.all(torch.as_tensor(value) == neutral)):
+                return rewriter.value(kept)
+        return None
+
+    return handler
+
+
+BATCH_NORMS = frozenset(
+    {aten._native_batch_norm_legit_no_training.default, aten.native_batch_norm.default, aten.batch_norm.default}
+)
+
+
+def _plain_batch_norm(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    return None if op.args["training"] else _batch_norm(op, rewriter)
+
+
+HANDLERS: dict[Any, Handler] = {
+    **dict.fromkeys(COPIES, _forward_operand),
+    **dict.fromkeys(CASTS, _cast),
+    aten.sym_size.int: _size,
+    aten._native_batch_norm_legit_no_training.default: _batch_norm,
+    aten.batch_norm.default: _plain_batch_norm,
+    operator.getitem: _getitem,
+    aten.addmm.default: _addmm,
+    aten.mm.default: _mm,
+    aten.matmul.default: _mm,
+    aten.convolution.default: _convolution,
+    aten.conv1d.padding: _convolution_padding,
+    aten.conv2d.padding: _convolution_padding,
+    aten.conv3d.padding: _convolution_padding,
+    aten.add.Tensor: _identity(0.0, commutes=True),
+    aten.sub.Tensor: _identity(0.0, commutes=False),
+    aten.mul.Tensor: _identity(1.0, commutes=True),
+    aten.div.Tensor: _identity(1.0, commutes=False),
+}

@@ -1,0 +1,1 @@
+"""The intermediate representation: Program, lattice, keep sets, sweeps, rewriting."""

@@ -1,0 +1,219 @@
+"""A Program: a functional ATen graph, its constants in float64, and the sizes of every value.
+
+The graph holds `placeholder` nodes (the network's tensor inputs), `get_attr` nodes (constants, one node for each use),
+`call_function` nodes and one `output` node whose argument is a flat tuple. Passes never change a Program: they build a
+new graph. Floating-point constants are float64 whatever the model's dtype; `dtypes` says what each is rounded to at
+emission.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from passes.ir import schema
+from passes.ir.errors import LintError
+
+if TYPE_CHECKING:
+    from passes.ir.analysis import Analysis
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor input of the network.
+
+    `sizes` and `other_sizes` are two admissible shapes that differ along every dynamic axis and agree along all others.
+    """
+
+    name: str
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    other_sizes: tuple[int, ...]
+
+    @property
+    def working_dtype(self) -> torch.dtype:
+        """The dtype the passes compute in: float64 for every floating-point input."""
+        return torch.float64 if self.dtype.is_floating_point else self.dtype
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Sizes of a value under both of the inputs' example shapes, and its dtype."""
+
+    sizes: tuple[int, ...]
+    other_sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def rank(self) -> int:
+        return len(self.sizes)
+
+    def is_static(self, axis: int) -> bool:
+        return self.sizes[axis] == self.other_sizes[axis]
+
+    @cached_property
+    def static_axes(self) -> tuple[int, ...]:
+        return tuple(axis for axis in range(self.rank) if self.is_static(axis))
+
+    @property
+    def all_static(self) -> bool:
+        return self.sizes == self.other_sizes
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which original value a node still carries: its name and, per axis, the kept indices (None: all)."""
+
+    name: str
+    kept: tuple[Tensor | None, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A graph, its constants and its interface; see the module's docstring for the invariants."""
+
+    graph: fx.Graph
+    constants: Mapping[str, Tensor]
+    dtypes: Mapping[str, torch.dtype]
+    inputs: tuple[Input, ...]
+    analysis: Analysis | None = field(default=None)
+
+    def replace(self, **changes: Any) -> Program:
+        """A Program with some fields changed; the analysis is dropped unless it is given."""
+        return dataclasses.replace(self, **({"analysis": None} | changes))
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.graph.nodes)
+
+    @property
+    def output_node(self) -> fx.Node:
+        return next(iter(reversed(self.graph.nodes)))
+
+    @property
+    def outputs(self) -> tuple[Any, ...]:
+        """The flat outputs: nodes, or plain python constants."""
+        return tuple(self.output_node.args[0])  # type: ignore[arg-type]
+
+    def calls(self) -> Iterator[fx.Node]:
+        return (node for node in self.graph.nodes if node.op == "call_function")
+
+    def constant(self, node: object) -> Tensor | None:
+        """The tensor behind a `get_attr` node; None for anything else."""
+        if isinstance(node, fx.Node) and node.op == "get_attr":
+            return self.constants[str(node.target)]
+        return None
+
+    @cached_property
+    def infos(self) -> Mapping[fx.Node, TensorInfo]:
+        """Sizes and dtype of every tensor value whose sizes can be derived without data."""
+        first = run_on_meta(self, [entry.sizes for entry in self.inputs])
+        second = run_on_meta(self, [entry.other_sizes for entry in self.inputs])
+        found = {}
+        for node, value in first.items():
+            other = second.get(node)
+            if isinstance(value, Tensor) and isinstance(other, Tensor) and value.ndim == other.ndim:
+                found[node] = TensorInfo(tuple(value.shape), tuple(other.shape), value.dtype)
+        return found
+
+    def lint(self) -> None:
+        """Raise LintError where the graph or the interface broke an invariant."""
+        self.graph.lint()
+        placeholders = [node.target for node in self.graph.nodes if node.op == "placeholder"]
+        wanted = [entry.name for entry in self.inputs]
+        if placeholders != wanted:
+            raise LintError(f"placeholders: have {placeholders}, want {wanted}")
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and node.target not in self.constants:
+                raise LintError(f"{node.name}: constant {node.target!r} does not exist")
+        for name, value in self.constants.items():
+            if value.is_floating_point() and value.dtype != torch.float64:
+                raise LintError(f"constant {name!r}: have {value.dtype}, want torch.float64")
+
+
+_FAILED = object()
+
+
+def run_on_meta(program: Program, sizes: Iterable[tuple[int, ...]]) -> dict[fx.Node, Any]:
+    """Run a Program on meta tensors of the given input sizes; values that need real data are left out."""
+    env: dict[fx.Node, Any] = {}
+    feeds = {
+        entry.name: torch.empty(size, dtype=entry.working_dtype, device="meta")
+        for entry, size in zip(program.inputs, sizes, strict=True)
+    }
+    metas = {name: torch.empty_like(value, device="meta") for name, value in program.constants.items()}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = feeds[str(node.target)]
+        elif node.op == "get_attr":
+            env[node] = metas[str(node.target)]
+        elif node.op == "call_function":
+            env[node] = _call_on_meta(node, env)
+    return {node: value for node, value in env.items() if value is not _FAILED}
+
+
+def _call_on_meta(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    if any(env[operand] is _FAILED for operand in node.all_input_nodes):
+        return _FAILED
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+    if kwargs.get("device") is not None:
+        kwargs["device"] = torch.device("meta")
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
+        return _FAILED
+
+
+class Op:
+    """A call seen by a rule: arguments by name, tensor operands in order, sizes."""
+
+    def __init__(self, program: Program, node: fx.Node) -> None:
+        self.program = program
+        self.node = node
+        self.target = node.target
+        self.info = program.infos.get(node)
+        self.operands = tuple(
+            operand for operand in _flat_nodes((node.args, dict(node.kwargs))) if operand in program.infos
+        )
+
+    @cached_property
+    def args(self) -> dict[str, Any]:
+        return schema.bind(self.node)
+
+    def arg(self, *names: str) -> Any:
+        """The argument with the first of these names that the schema has."""
+        return next(self.args[name] for name in names if name in self.args)
+
+    def constant(self, name: str) -> Tensor | None:
+        """The constant tensor passed as argument `name`, or None if it is absent or not a constant."""
+        return self.program.constant(self.args.get(name))
+
+    def info_of(self, operand: fx.Node) -> TensorInfo:
+        return self.program.infos[operand]
+
+    @property
+    def out(self) -> TensorInfo:
+        assert self.info is not None
+        return self.info
+
+    def axis(self, axis: int, operand: fx.Node | None = None) -> int:
+        """A non-negative axis number of an operand (of the result by default)."""
+        rank = self.out.rank if operand is None else self.info_of(operand).rank
+        return axis % max(rank, 1)
+
+
+def _flat_nodes(value: Any) -> Iterator[fx.Node]:
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _flat_nodes(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _flat_nodes(item)

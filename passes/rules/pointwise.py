@@ -1,0 +1,172 @@
+"""Elementwise operators, unary and broadcasting: relu, add, mul, where, casts.
+
+forward: the op itself runs on the stored facts (they broadcast as the operands do); 0 * unknown is 0.
+backward: an entry of an operand is live where an entry of the result that it is broadcast to is.
+couple: equal axes keep equal indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from passes.ir.keep import KeepSets
+from passes.ir.lattice import Facts, full_mask, reduce_to
+from passes.ir.program import Op
+from passes.rules.base import Rule, rule
+
+aten = torch.ops.aten
+
+COPIES = (aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
+CASTS = (aten._to_copy.default, aten.to.dtype)
+
+# Finite for every finite operand: a kept entry that nobody reads may hold anything finite.
+SAFE_UNARY = (
+    *COPIES, *CASTS,
+    aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.leaky_relu.default, aten.elu.default,
+    aten.selu.default, aten.celu.default, aten.gelu.default, aten.silu.default, aten.mish.default,
+    aten.sigmoid.default, aten.tanh.default, aten.hardsigmoid.default, aten.hardswish.default,
+    aten.softplus.default, aten.log_sigmoid.default, aten.threshold.default, aten.hardshrink.default,
+    aten.softshrink.default, aten.abs.default, aten.neg.default, aten.sign.default, aten.square.default,
+    aten.sin.default, aten.cos.default, aten.atan.default, aten.asinh.default, aten.erf.default,
+    aten.floor.default, aten.ceil.default, aten.round.default, aten.trunc.default, aten.frac.default,
+    aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.logical_not.default,
+    aten.bitwise_not.default, aten.isnan.default, aten.isinf.default, aten.isfinite.default,
+)  # fmt: skip
+SAFE_BINARY = (
+    aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.rsub.Tensor,
+    aten.mul.Scalar, aten.maximum.default, aten.minimum.default, aten.clamp.Tensor, aten.clamp_min.Tensor,
+    aten.clamp_max.Tensor, aten.div.Scalar,
+    aten.eq.Tensor, aten.eq.Scalar, aten.ne.Tensor, aten.ne.Scalar, aten.lt.Tensor, aten.lt.Scalar,
+    aten.le.Tensor, aten.le.Scalar, aten.gt.Tensor, aten.gt.Scalar, aten.ge.Tensor, aten.ge.Scalar,
+    aten.logical_and.default, aten.logical_or.default, aten.logical_xor.default,
+    aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.bitwise_xor.Tensor,
+)  # fmt: skip
+# May overflow or leave the domain: an operand of these keeps its original value wherever it is kept.
+UNSAFE = (
+    aten.exp.default, aten.exp2.default, aten.expm1.default, aten.log.default, aten.log2.default,
+    aten.log10.default, aten.log1p.default, aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default,
+    aten.tan.default, aten.sinh.default, aten.cosh.default, aten.asin.default, aten.acos.default,
+    aten.acosh.default, aten.atanh.default, aten.erfinv.default, aten.logit.default,
+    aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.atan2.default,
+    aten.fmod.Tensor, aten.fmod.Scalar, aten.remainder.Tensor, aten.remainder.Scalar,
+    aten.div.Tensor_mode, aten.div.Scalar_mode, aten.floor_divide.default,
+)  # fmt: skip
+
+
+@rule(*SAFE_UNARY, *SAFE_BINARY)
+class Pointwise(Rule):
+    """Any elementwise op that is finite for finite operands."""
+
+    def forward(self, op: Op, facts: Sequence[Facts]) -> Facts:
+        if not any(fact.any_known for fact in facts):
+            return Facts.unknown(op.out)
+        env = {operand: fact.known_value for operand, fact in zip(op.operands, facts, strict=True)}
+        args, kwargs = fx.node.map_arg((op.node.args, dict(op.node.kwargs)), env.__getitem__)
+        value = op.target(*args, **kwargs)
+        return Facts(value, self.known(op, facts).expand(self._joint_shape(op, facts)))
+
+    def known(self, op: Op, facts: Sequence[Facts]) -> Tensor:
+        """Where the result is known: where every operand is."""
+        return _all([_aligned(fact.known, op.out.rank) for fact in facts])
+
+    def _joint_shape(self, op: Op, facts: Sequence[Facts]) -> torch.Size:
+        return torch.broadcast_shapes(*(_aligned(fact.known, op.out.rank).shape for fact in facts))
+
+    def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
+        return [reduce_to(demand, op.info_of(operand)) for operand in op.operands]
+
+    def couple(self, op: Op, keep: KeepSets, facts: Sequence[Facts]) -> None:
+        for operand in op.operands:
+            couple_broadcast(op, operand, keep)
+
+
+@rule(*UNSAFE)
+class UnsafePointwise(Pointwise):
+    """An elementwise op that can turn a finite operand into a value that is not finite."""
+
+    def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
+        return [full_mask(op.info_of(operand), True) for operand in op.operands]
+
+
+@rule(aten.mul.Tensor)
+class Multiply(Pointwise):
+    """Product of two tensors; a known zero on either side makes the result a known zero."""
+
+    def forward(self, op: Op, facts: Sequence[Facts]) -> Facts:
+        return _with_zeros(super().forward(op, facts), _zeros(op, facts))
+
+
+@rule(aten.div.Tensor)
+class Divide(UnsafePointwise):
+    """Quotient; safe where the divisor is a constant without zeros."""
+
+    def forward(self, op: Op, facts: Sequence[Facts]) -> Facts:
+        return _with_zeros(super().forward(op, facts), _zeros(op, facts[:1]))
+
+    def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
+        divisor = facts[-1]
+        if len(facts) == 2 and divisor.all_known and bool((divisor.value != 0).all()):
+            return Pointwise.backward(self, op, demand, facts)
+        return super().backward(op, demand, facts)
+
+
+@rule(aten.where.self)
+class Where(Pointwise):
+    """A choice; with a known condition only the chosen side counts."""
+
+    def known(self, op: Op, facts: Sequence[Facts]) -> Tensor:
+        condition, yes, no = facts
+        rank = op.out.rank
+        both = _all([_aligned(fact.known, rank) for fact in facts])
+        first = _all([_aligned(condition.known & condition.value, rank), _aligned(yes.known, rank)])
+        second = _all([_aligned(condition.known & ~condition.value, rank), _aligned(no.known, rank)])
+        return both | first | second
+
+    def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
+        condition = facts[0]
+        rank = op.out.rank
+        never = _aligned(condition.known & ~condition.value, rank)
+        always = _aligned(condition.known & condition.value, rank)
+        masks = (demand & ~(never | always), demand & ~never, demand & ~always)
+        return [reduce_to(mask, op.info_of(operand)) for mask, operand in zip(masks, op.operands, strict=True)]
+
+
+def couple_broadcast(op: Op, operand: fx.Node, keep: KeepSets) -> None:
+    """Tie an operand's axes to the result's; an axis that is broadcast is kept."""
+    info = op.info_of(operand)
+    offset = op.out.rank - info.rank
+    for axis in info.static_axes:
+        if info.sizes[axis] == op.out.sizes[axis + offset] and op.out.is_static(axis + offset):
+            keep.tie((operand, axis), (op.node, axis + offset), f"aligned by {op.node.name}")
+        else:
+            keep.fill(operand, "broadcast", (axis,))
+
+
+def _aligned(stored: Tensor, rank: int) -> Tensor:
+    return stored.reshape((1,) * (rank - stored.ndim) + tuple(stored.shape))
+
+
+def _all(masks: Sequence[Tensor]) -> Tensor:
+    result = masks[0]
+    for mask in masks[1:]:
+        result = result & mask
+    return result
+
+
+def _zeros(op: Op, facts: Sequence[Facts]) -> Tensor | None:
+    if op.out.dtype == torch.bool:
+        return None
+    found = [_aligned(fact.known & (fact.value == 0), op.out.rank) for fact in facts]
+    result = found[0]
+    for mask in found[1:]:
+        result = result | mask
+    return result
+
+
+def _with_zeros(facts: Facts, zeros: Tensor | None) -> Facts:
+    if zeros is None or not bool(zeros.any()):
+        return facts
+    return Facts(torch.where(zeros, torch.zeros((), dtype=facts.value.dtype), facts.value), facts.known | zeros)

@@ -1,0 +1,67 @@
+"""shrink_channels: every value, weight and size cut to its kept channels.
+
+Needs an analysed Program whose removed constants were absorbed (analyze_channels, absorb_constants). Values that are
+wholly known become constants; values of which nothing is kept are not emitted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from passes.ir.analysis import Analysis, is_constant
+from passes.ir.errors import PassError
+from passes.ir.pipeline import Result
+from passes.ir.program import Op, Program
+from passes.ir.rewriter import Rewriter
+from passes.rules import rule_for
+
+
+@dataclass(frozen=True)
+class ShrinkChannels:
+    """The pass; it has no options."""
+
+    name: str = "shrink_channels"
+
+    def __call__(self, program: Program) -> Result:
+        if program.analysis is None:
+            raise PassError("the program carries no analysis; run analyze_channels first")
+        if not removes_anything(program, program.analysis):
+            return Result(program, False)
+        rewriter = Rewriter(program, program.analysis)
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                rewriter.placeholder(node)
+            elif node.op == "call_function":
+                _emit(program, program.analysis, rewriter, node)
+        rewriter.output()
+        return Result(rewriter.finish(), True)
+
+
+def removes_anything(program: Program, analysis: Analysis) -> bool:
+    """Whether some call is a constant or loses entries."""
+    for node, info in program.infos.items():
+        if node.op != "call_function":
+            continue
+        if is_constant(program, node, analysis.facts):
+            if not _is_expanded_constant(program, node):
+                return True
+        elif not all(analysis.keep.is_full(node, axis) for axis in info.static_axes):
+            return True
+    return False
+
+
+def _is_expanded_constant(program: Program, node: fx.Node) -> bool:
+    return "expand" in str(node.target) and program.constant(node.args[0]) is not None
+
+
+def _emit(program: Program, analysis: Analysis, rewriter: Rewriter, node: fx.Node) -> None:
+    if node not in program.infos:
+        if all(operand in rewriter.env or operand.op == "get_attr" for operand in node.all_input_nodes):
+            rewriter.env[node] = rewriter.copy(node)
+        return
+    if is_constant(program, node, analysis.facts) or analysis.keep.is_empty(node):
+        return
+    op = Op(program, node)
+    rewriter.env[node] = rule_for(op).rewrite(op, rewriter)
