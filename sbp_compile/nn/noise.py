@@ -1,4 +1,4 @@
-"""Multiplicative log-normal noise of Structured Bayesian Pruning (Neklyudov et al. 2017)."""
+"""The multiplicative log-normal noise layer (Neklyudov et al. 2017, arXiv 1705.07283)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,31 @@ import torch
 from torch import Tensor, nn
 
 from sbp_compile.errors import UsageError
-from sbp_compile.nn import truncated
+from sbp_compile.nn import sampling, truncated
 
 
 class NoiseArgumentError(UsageError, ValueError):
-    """An argument of the noise layer has a value that cannot be used."""
+    """An argument of the noise layer, or the shape of its input, cannot be used."""
 
 
 class LogNormalNoise(nn.Module):
-    """y = x * theta, log theta ~ N(mu, sigma^2) truncated to `log_range`."""
+    """Multiplies every feature by theta, log theta ~ N(mu, exp(log_sigma)^2) truncated to `log_range`.
+
+    Train mode draws theta: one number per example and feature, shared over all other positions. Gradients
+    reach `mu` and `log_sigma` through the inverse CDF. With `per_example=False` the whole batch shares one
+    draw, as in the authors' code: cheaper, and a noisier gradient. Examples lie along dimension 0; if the
+    features lie there (dim=0, an input without a batch), one draw is made.
+    Eval mode multiplies by E[theta] where SNR = E/sqrt(Var) > threshold, and by 0 elsewhere.
+
+    Input: floating tensor of any rank with `num_features` entries along `dim` (negative: from the end).
+    Output: the same shape and dtype, under autocast too: the factor is computed in float64 (samples in
+    float32, or float64 if the parameters are) and rounded once to the input's dtype.
+    Parameters: `mu` (initially 0), `log_sigma` (initially -5), shape (num_features,); the whole state.
+    Statistics and their gradients are finite for finite parameters; |log_sigma| saturates at 80. The device
+    must have float64.
+
+    Raises NoiseArgumentError (a ValueError) for arguments out of range and for inputs that do not fit.
+    """
 
     def __init__(
         self,
@@ -26,78 +42,138 @@ class LogNormalNoise(nn.Module):
         log_range: tuple[float, float] = (-20.0, 0.0),
         threshold: float = 1.0,
         per_example: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_features, self.dim, self.threshold, self.per_example = num_features, dim, threshold, per_example
-        self.log_range = (float(log_range[0]), float(log_range[1]))
-        self.mu = nn.Parameter(torch.zeros(num_features))
-        self.log_sigma = nn.Parameter(torch.full((num_features,), -5.0))
+        self.num_features = _checked_integer("num_features", num_features, least=1)
+        self.dim = _checked_integer("dim", dim)
+        self.log_range = _checked_range(log_range)
+        self.threshold = _checked_threshold(threshold)
+        self.per_example = per_example
+        self.mu = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.log_sigma = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.reset_parameters()
 
-    def mean(self) -> Tensor:
-        """E[theta], shape (num_features,)."""
-        return self._moments()[0].to(self.mu.dtype)
-
-    def variance(self) -> Tensor:
-        """Var[theta], shape (num_features,)."""
-        return self._moments()[1].to(self.mu.dtype)
-
-    def snr(self) -> Tensor:
-        """E[theta] / sqrt(Var[theta]), shape (num_features,)."""
-        return self._moments()[2].to(self.mu.dtype)
-
-    def mask(self) -> Tensor:
-        """True where the unit stays: SNR > threshold, or SNR not a number."""
-        return ~(self._moments()[2] <= self.threshold)
-
-    def kl(self) -> Tensor:
-        """KL(q || p) summed over the features, nats, scalar."""
-        return truncated.kl(self.mu, self.log_sigma, *self.log_range).sum().to(self.mu.dtype)
-
-    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        return truncated.moments(self.mu, self.log_sigma, *self.log_range)
+    def reset_parameters(self) -> None:
+        """Set mu to 0 and log_sigma to -5: theta is close to 1, and no unit is masked."""
+        nn.init.constant_(self.mu, 0.0)
+        nn.init.constant_(self.log_sigma, -5.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply by one sample of theta per example and feature (train) or by mask * mean (eval)."""
-        dim = self.dim % x.ndim
+        """Multiply `x` by a sample of theta (train mode) or by its masked mean (eval mode)."""
+        dim = self._feature_dim(x)
+        theta = self._sample(x, dim) if self.training else self._masked_mean()
         shape = [1] * x.ndim
-        shape[dim] = self.num_features
-        if not self.training:
-            mean, _, snr = self._moments()
-            return x * mean.masked_fill(snr <= self.threshold, 0.0).to(x.dtype).view(shape)
-        if self.per_example and dim != 0:
-            shape[0] = x.shape[0]
-        return x * self._sample(shape[0] if dim != 0 else 1).to(x.dtype).view(shape)
+        shape[0], shape[dim] = theta.shape[0], self.num_features
+        return x * theta.to(x.dtype if x.is_floating_point() else self.mu.dtype).view(shape)
 
-    def _sample(self, rows: int) -> Tensor:
-        a, b = self.log_range
-        mu, s = self.mu.double(), self.log_sigma.double().exp()
-        u = torch.rand(rows, self.num_features, dtype=torch.float64, device=mu.device).clamp(1e-12, 1 - 1e-12)
-        flip = mu > (a + b) / 2  # work in the lower tail, where Phi keeps its relative accuracy
-        centre = torch.where(flip, mu, a + b - mu)
-        low, high = (a - centre) / s, ((b - centre) / s).clamp(min=-35.0)
-        centre = torch.minimum(centre, b + 35.0 * s)
-        p_low, p_high = torch.erfc(-low / math.sqrt(2)) / 2, torch.erfc(-high / math.sqrt(2)) / 2
-        y = torch.special.ndtri(p_low + u * (p_high - p_low)).clamp(min=-1e30)
-        x = (centre + s * y).clamp(a, b)
-        return torch.where(flip, x, a + b - x).clamp(a, b).exp()
+    def mean(self) -> Tensor:
+        """E[theta], shape (num_features,), in the parameters' dtype."""
+        return self._moments().mean.to(self.mu.dtype)
+
+    def variance(self) -> Tensor:
+        """Var[theta], shape (num_features,), in the parameters' dtype."""
+        return self._moments().variance.to(self.mu.dtype)
+
+    def snr(self) -> Tensor:
+        """E[theta] / sqrt(Var[theta]), shape (num_features,), in the parameters' dtype."""
+        return self._moments().snr.to(self.mu.dtype)
+
+    def mask(self) -> Tensor:
+        """Tell which features stay, shape (num_features,): SNR above the threshold, or not a number.
+
+        Decided in float64 whatever the parameters' dtype.
+        """
+        return self._kept(self._moments())
+
+    def kl(self) -> Tensor:
+        """KL(q(theta) || p(theta)) in nats, summed over the features: a scalar in the parameters' dtype."""
+        return truncated.divergence(self.mu, self.log_sigma, *self.log_range).sum().to(self.mu.dtype)
+
+    def extra_repr(self) -> str:
+        """Show the arguments that the layer was made with."""
+        return (
+            f"{self.num_features}, dim={self.dim}, log_range={self.log_range}, "
+            f"threshold={self.threshold}, per_example={self.per_example}"
+        )
+
+    def _moments(self) -> truncated.Moments:
+        return truncated.moments(self.mu, self.log_sigma, *self.log_range)
+
+    def _kept(self, moments: truncated.Moments) -> Tensor:
+        # "not below" rather than "above": a NaN must never prune.
+        return ~(moments.snr <= self.threshold)
+
+    def _masked_mean(self) -> Tensor:
+        moments = self._moments()
+        return torch.where(self._kept(moments), moments.mean, 0.0).unsqueeze(0)
+
+    def _sample(self, x: Tensor, dim: int) -> Tensor:
+        rows = x.shape[0] if self.per_example and dim != 0 else 1
+        p = sampling.uniform(rows, self.mu)
+        return sampling.sample(self.mu, self.log_sigma, p, *self.log_range)
+
+    def _feature_dim(self, x: Tensor) -> int:
+        if not -x.ndim <= self.dim < x.ndim:
+            raise NoiseArgumentError(
+                f"`dim` (={self.dim}) must be a dimension of the input, which has shape {tuple(x.shape)}"
+            )
+        if x.shape[self.dim] != self.num_features:
+            raise NoiseArgumentError(
+                f"`num_features` (={self.num_features}) must be the size of dimension {self.dim} "
+                f"of the input, which has shape {tuple(x.shape)}"
+            )
+        return self.dim % x.ndim
 
 
 def noise_layers(module: nn.Module) -> list[LogNormalNoise]:
-    """Every noise layer in `module`, itself included, in the order of `modules()`, each once."""
+    """Every noise layer in `module`, itself included, each once, in the order of `module.modules()`."""
     return [m for m in module.modules() if isinstance(m, LogNormalNoise)]
 
 
 def kl_divergence(module: nn.Module) -> Tensor:
-    """Sum of `kl()` over all noise layers of `module`; 0 when it has none."""
-    total = torch.zeros(())
-    for layer in noise_layers(module):
-        total = layer.kl() + total.to(layer.mu.device)
-    return total
+    """Sum of `kl()` over all noise layers of `module`, in nats; a scalar, 0.0 where there are none.
+
+    Added to the mean cross-entropy it is divided by the number of training examples (the paper's equation 3).
+    Layers may lie on several devices; the sum is on the first one's.
+    """
+    divergences = [layer.kl() for layer in noise_layers(module)]
+    if not divergences:
+        return torch.zeros(())
+    return torch.stack([kl.to(divergences[0].device) for kl in divergences]).sum()
 
 
 def set_threshold(module: nn.Module, value: float) -> None:
-    """Set the SNR threshold of every noise layer of `module`."""
-    if not math.isfinite(value):
-        raise NoiseArgumentError(f"threshold (={value!r}) must be a finite number")
+    """Set the SNR threshold of every noise layer of `module`.
+
+    Raises NoiseArgumentError and changes nothing unless `value` is a number >= 0 (infinity masks all).
+    """
+    value = _checked_threshold(value)
     for layer in noise_layers(module):
-        layer.threshold = float(value)
+        layer.threshold = value
+
+
+def _checked_integer(name: str, value: int, least: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        wanted = "an integer" if least is None else f"an integer >= {least}"
+        raise NoiseArgumentError(f"`{name}` (={value!r}) must be {wanted}")
+    return value
+
+
+def _checked_threshold(value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise NoiseArgumentError(f"`threshold` (={value!r}) must be a number >= 0")
+    return float(value)
+
+
+def _checked_range(log_range: tuple[float, float]) -> tuple[float, float]:
+    try:
+        low, high = (float(bound) for bound in log_range)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not -math.inf < low < high < math.inf:
+        raise NoiseArgumentError(
+            f"`log_range` (={log_range!r}) must be two finite numbers (a, b) with a < b, such as (-20.0, 0.0)"
+        )
+    return low, high
