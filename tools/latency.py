@@ -22,9 +22,10 @@ DESCRIPTION = """\
 Times ONNX models in onnxruntime and says how much faster each is than the first, with a 95% interval.
 
 The models take turns in one process (A B B A, in random order), so that a busy or a warming machine is slow
-for all of them alike. Timing goes on until the interval is as narrow as --target asks, or until --budget is
-over; the output says which. Inputs are random, made from what the models declare, and already on the device:
-copies are not timed."""
+for all of them alike, and are loaded afresh several times, because each load runs a little differently.
+Timing goes on until the interval is as narrow as --target asks, or until --budget is over; the output says
+which. Inputs are random, made from what the models declare, and already on the device: copies are not
+timed."""
 
 EPILOG = """\
 examples:
@@ -143,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         help="half width to reach (default: 0.02, 2%%)",
     )
     add("--budget", type=float, default=30.0, metavar="SECONDS", help="time per batch size (default: 30)")
-    add("--seed", type=int, default=0, metavar="N", help="of inputs, order and interval (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="of the inputs and the order (default: 0)")
     add("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
     return parser
 
@@ -175,7 +176,7 @@ def _names(paths: Sequence[Path]) -> dict[str, Path]:
 
 def _numbered(names: Sequence[str], at: int) -> str:
     earlier = names[:at].count(names[at])
-    return f"{names[at]} (again {earlier})" if earlier else names[at]
+    return f"{names[at]} #{earlier + 1}" if earlier else names[at]
 
 
 def _check_writable(path: Path) -> None:

@@ -8,16 +8,13 @@ from collections.abc import Iterator
 from sbp_compile.timing.result import Comparison, available_cores
 from sbp_compile.timing.statistics import Floats, drift
 
-_FEW_ROUNDS = 20
+LOADS_FOR_TARGET = 6
 _NOISY_P95 = 1.5
 _DRIFT_HALF_WIDTHS = 3
 
 
 def doubts(result: Comparison, differences: Floats, *, same_inputs: bool) -> Iterator[str]:
-    """Yield what makes `result` weaker than it looks.
-
-    `differences` are log ratios, shape (others, rounds).
-    """
+    """Yield what makes `result` weaker than it looks; `differences` are log ratios, shape (others, loads)."""
     yield from _setting(result, same_inputs)
     yield from _noise(result)
     if any(_drifts(series, result) for series in differences):
@@ -33,8 +30,8 @@ def _setting(result: Comparison, same_inputs: bool) -> Iterator[str]:
 
 
 def _noise(result: Comparison) -> Iterator[str]:
-    if result.rounds < _FEW_ROUNDS:
-        yield f"only {result.rounds} rounds fitted into the budget: the interval is a guess; allow more time"
+    if result.loads < LOADS_FOR_TARGET:
+        yield f"only {result.loads} loads fitted into the budget: the interval is a guess; allow more time"
     if result.half_width > result.target_half_width:
         yield (
             f"the half width of the interval is {result.half_width:.1%}, not {result.target_half_width:.1%}: "

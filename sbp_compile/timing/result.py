@@ -62,6 +62,7 @@ class Comparison:
     budget_s: float
     seed: int
     elapsed_s: float
+    loads: int
     rounds: int
     stopped: Literal["target", "budget"]
     warnings: tuple[str, ...] = ()
@@ -83,7 +84,7 @@ class Comparison:
         """Tabulate the models: median, p95, throughput, samples, speed-up over the first and its interval."""
         table = Table(title=escape(self._conditions()), title_justify="left", box=SIMPLE, pad_edge=False)
         table.add_column("model", overflow="fold")
-        for heading in ("median", "p95", "examples/s", "samples", "speed-up", "95% interval"):
+        for heading in ("median", "p95", "examples/s", "speed-up", "95% interval"):
             table.add_column(heading, justify="right", no_wrap=True)
         for model in self.models:
             table.add_row(*_cells(model), *self._speed_up(model.name))
@@ -103,7 +104,8 @@ class Comparison:
     def _how_it_ended(self) -> str:
         why = {"target": "interval reached its target", "budget": "time budget ended"}[self.stopped]
         width = f"half width {self.half_width:.1%}, target {self.target_half_width:.1%}"
-        return f"{why}: {width}, {self.rounds} rounds in {self.elapsed_s:.1f} s"
+        taken = f"{self.loads} loads, {self.models[0].samples} samples of each, {self.elapsed_s:.1f} s"
+        return f"{why}: {width}; {taken}"
 
 
 def environment() -> dict[str, str | int]:
@@ -134,8 +136,7 @@ def _processor() -> str:
 
 
 def _cells(model: ModelTiming) -> tuple[str, ...]:
-    each = f"{model.samples}x{model.runs_per_sample}"
-    return escape(model.name), _time(model.median_s), _time(model.p95_s), f"{model.throughput:,.0f}", each
+    return escape(model.name), _time(model.median_s), _time(model.p95_s), f"{model.throughput:,.0f}"
 
 
 def _factor(ratio: float) -> str:

@@ -71,7 +71,7 @@ class Runner:
             self._binding.bind_output(output.name, provider, 0)
 
     def seconds_per_run(self, runs: int) -> float:
-        """Mean wall time of a run, in seconds, over `runs` in a row; a run ends when its outputs are there."""
+        """Mean wall time of a run, in seconds, over `runs` in a row; it ends when the outputs are there."""
         run, binding = self._session.run_with_iobinding, self._binding
         start = time.perf_counter_ns()
         for _ in itertools.repeat(None, runs):
