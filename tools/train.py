@@ -37,7 +37,7 @@ from sbp_compile.training import (
 
 
 class ProgressReport:
-    """A bar that moves with every step, one line per epoch, and the records for the log."""
+    """A bar that moves with every step and shows the last epoch's state, and the records for the log."""
 
     def __init__(self, console: Console):
         self.records: list[Epoch] = []
@@ -45,7 +45,7 @@ class ProgressReport:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
+            TextColumn("loss {task.fields[loss]:.4f}{task.fields[state]}"),
             TimeRemainingColumn(),
             console=console,
         )
@@ -61,17 +61,20 @@ class ProgressReport:
     def step(self, phase: str, done: int, total: int, loss: float) -> None:
         """Move the bar of `phase`."""
         if phase not in self._tasks:
-            self._tasks[phase] = self._bar.add_task(phase, loss=loss)
+            self._tasks[phase] = self._bar.add_task(phase, loss=loss, state="")
         self._bar.update(self._tasks[phase], completed=done, total=total, loss=loss)
 
     def epoch(self, record: Epoch) -> None:
         """Print one line and remember the record."""
         self.records.append(record)
         kept = "-".join(map(str, record.kept))
+        state = f"  KL {record.kl:.1f}  kept {kept}  MACs 1/{record.mac_ratio:.2f}"
+        self._bar.update(self._tasks[record.phase], state=state)
         self._bar.console.print(
-            f"{record.phase:>5} {record.epoch:3}  loss {record.loss:.4f}  KL {record.kl:7.1f}  kept {kept}"
-            f"  MACs 1/{record.mac_ratio:.2f}  test error {record.error:.2f} %  {record.seconds:.1f} s",
+            f"{record.phase:>5} {record.epoch:3}  loss {record.loss:.4f}{state}"
+            f"  test error {record.error:.2f} %  {record.seconds:.1f} s",
             highlight=False,
+            soft_wrap=True,
         )
 
 

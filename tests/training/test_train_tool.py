@@ -53,7 +53,8 @@ def test_one_command_writes_a_model_a_log_and_a_checkpoint(tool, idx_folder, tmp
     model.load_state_dict(checkpoint["model"])
     images = to_tensor(load(f"folder:{idx_folder}").test_images)
     saved = load_model(output)
-    torch.testing.assert_close(predict(saved.module, images), predict(model, images))
+    torch.testing.assert_close(saved.exported_program.module()(images), predict(model, images))
+    torch.testing.assert_close(saved.example_inputs[0], images[:2])
 
 
 @pytest.mark.parametrize(
