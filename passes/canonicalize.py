@@ -4,7 +4,7 @@
 - copies, no-op casts and assertions go; sizes are taken from the network's inputs;
 - addmm, mm and matmul with a constant become linear; every convolution becomes conv1d, conv2d or conv3d;
 - batch norm in eval mode becomes y = x * scale + shift with scale = gamma / sqrt(var + eps), shift = beta - mean * scale;
-- split, chunk and unbind become slices;
+- split, chunk and unbind become slices; every view becomes a reshape, which needs no copy in front of it;
 - x + 0, x * 1 and the like go.
 """
 
@@ -276,6 +276,19 @@ def _identity(neutral: float, commutes: bool) -> Handler:
     return handler
 
 
+def _view(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    """A reshape, which also serves an operand whose strides changed; nothing where the shape stays."""
+    source = op.operands[0] if op.operands else None
+    if op.info is None or source is None:
+        return None
+    if (op.info.sizes, op.info.other_sizes) == (op.info_of(source).sizes, op.info_of(source).other_sizes):
+        return rewriter.value(source)
+    if op.target is aten.reshape.default:
+        return None
+    sizes = rewriter.map(op.args["size"])
+    return rewriter.call(aten.reshape.default, (rewriter.value(source), sizes), like=op.node)
+
+
 BATCH_NORMS = frozenset(
     {aten._native_batch_norm_legit_no_training.default, aten.native_batch_norm.default, aten.batch_norm.default}
 )
@@ -291,6 +304,7 @@ HANDLERS: dict[Any, Handler] = {
     aten.sym_size.int: _size,
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
     aten.batch_norm.default: _plain_batch_norm,
+    **dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten.reshape.default), _view),
     operator.getitem: _getitem,
     aten.addmm.default: _addmm,
     aten.mm.default: _mm,

@@ -1,5 +1,7 @@
 """Compile a small module and hold the result against the original in float64."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -7,11 +9,10 @@ from passes import Program, default_pipeline
 from sbp_compile.capture.program import program_from_export
 
 TOLERANCE = 1e-12
+Dynamic = bool | tuple[dict[int, Any], ...]
 
 
-def capture(
-    module: nn.Module, *inputs: Tensor, dynamic: bool | tuple[dict[int, object], ...] = True
-) -> Program:
+def capture(module: nn.Module, *inputs: Tensor, dynamic: Dynamic = True) -> Program:
     """The Program of a module in eval mode.
 
     `dynamic`: True for a dynamic axis 0 of every input, or one {axis: Dim} for each input.
@@ -72,9 +73,7 @@ def assert_same(original: Program, result: Program) -> None:
                 assert wanted == got
 
 
-def check(
-    module: nn.Module, *inputs: Tensor, dynamic: bool | tuple[dict[int, object], ...] = True
-) -> Program:
+def check(module: nn.Module, *inputs: Tensor, dynamic: Dynamic = True) -> Program:
     """Compile a module, compare with the original at two sizes, lint, and return the compiled Program."""
     original = capture(module, *inputs, dynamic=dynamic)
     result = default_pipeline()(original).program
