@@ -23,6 +23,7 @@ class KeepSets:
         self._infos = {node.name: info for node, info in infos.items()}
         self._sets: dict[tuple[str, int], Tensor] = {}
         self._reasons: dict[tuple[str, int], list[tuple[str, Tensor]]] = {}
+        self._needed: dict[tuple[str, int], int] = {}
         self.changed = False
 
     def renamed(self, names: Mapping[str, str], infos: Mapping[fx.Node, TensorInfo]) -> KeepSets:
@@ -34,6 +35,9 @@ class KeepSets:
         for (name, axis), reasons in self._reasons.items():
             if name in names:
                 other._reasons[names[name], axis] = reasons
+        for (name, axis), count in self._needed.items():
+            if name in names:
+                other._needed[names[name], axis] = count
         return other
 
     def start(self, node: fx.Node, needed: Tensor) -> None:
@@ -41,6 +45,7 @@ class KeepSets:
         info = self._infos[node.name]
         for axis in info.static_axes:
             self._sets[node.name, axis] = any_over_others(needed, axis, info.sizes[axis])
+            self._needed[node.name, axis] = int(self._sets[node.name, axis].sum())
 
     def get(self, node: fx.Node, axis: int) -> Tensor:
         """The keep set along one axis: bool, shape (size of the axis,); all set along a dynamic axis."""
@@ -88,6 +93,10 @@ class KeepSets:
     def count(self, node: fx.Node, axis: int) -> int:
         """How many indices are kept."""
         return int(self.get(node, axis).sum())
+
+    def needed(self, name: str, axis: int) -> int | None:
+        """How many indices had to be kept before any coupling; None for a dynamic axis."""
+        return self._needed.get((name, axis))
 
     def reasons(self, name: str, axis: int) -> list[tuple[str, int]]:
         """Why indices beyond the necessary ones are kept: (reason, how many), in the order they came."""

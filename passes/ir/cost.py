@@ -1,0 +1,78 @@
+"""What a Program costs: multiply-adds, parameters and bytes; the protocol through which passes ask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from passes.ir.program import Program, TensorInfo
+from passes.rules.contraction import CONVOLUTIONS, LINEAR
+
+aten = torch.ops.aten
+
+
+class CostModel(Protocol):
+    """Decides what is cheaper; the default counts, others measure."""
+
+    def cost(self, program: Program) -> float:
+        """Cost of one run, in any unit that is comparable between Programs."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds of one example, parameters, and their bytes after emission."""
+
+    macs: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CountingModel:
+    """The default: plain multiply-adds, biases and normalisation not counted."""
+
+    def cost(self, program: Program) -> float:
+        return float(count(program).macs)
+
+
+def macs_by_node(program: Program) -> dict[str, int]:
+    """Multiply-adds of each contraction and matrix product, for one example, by node name."""
+    batch = _example_batch(program)
+    found = {}
+    for node in program.calls():
+        info = program.infos.get(node)
+        if info is None:
+            continue
+        if node.target in CONVOLUTIONS or node.target is LINEAR:
+            weight = program.infos.get(node.args[1])  # type: ignore[arg-type]
+            if weight is not None:
+                found[node.name] = _numel(info) * _numel(weight) // weight.sizes[0] // batch(info)
+        elif node.target in {aten.mm.default, aten.bmm.default, aten.matmul.default}:
+            left = program.infos.get(node.args[0])  # type: ignore[arg-type]
+            if left is not None and left.rank:
+                found[node.name] = _numel(info) * left.sizes[-1] // batch(info)
+    return found
+
+
+def count(program: Program) -> Cost:
+    """The whole Program's cost."""
+    parameters = sum(value.numel() for value in program.constants.values())
+    size = sum(value.numel() * program.dtypes[name].itemsize for name, value in program.constants.items())
+    return Cost(sum(macs_by_node(program).values()), parameters, size)
+
+
+def _numel(info: TensorInfo) -> int:
+    return int(torch.Size(info.sizes).numel())
+
+
+def _example_batch(program: Program):  # type: ignore[no-untyped-def]
+    """How many examples a value of the first example shape holds."""
+    sizes = program.inputs[0].sizes if program.inputs else ()
+    batch = sizes[0] if sizes else 1
+
+    def examples(info: TensorInfo) -> int:
+        return batch if batch and info.rank and info.sizes[0] % batch == 0 else 1
+
+    return examples

@@ -1,0 +1,55 @@
+"""Running a Program in float64, value by value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from passes.ir.program import Program
+
+Observer = Callable[[fx.Node, Any], None]
+
+
+def run(program: Program, inputs: Iterable[Tensor], observe: Observer | None = None) -> tuple[Any, ...]:
+    """The flat outputs for the given inputs (floating-point ones are widened to float64).
+
+    `observe` is called with every call's node and value in graph order. Values are freed after their last use.
+    """
+    feeds = {
+        entry.name: value.to(entry.working_dtype) for entry, value in zip(program.inputs, inputs, strict=True)
+    }
+    env: dict[fx.Node, Any] = {}
+    last_use = _last_uses(program)
+    with torch.no_grad():
+        for node in program.graph.nodes:
+            if node.op == "output":
+                return tuple(fx.node.map_arg(node.args[0], env.__getitem__))
+            env[node] = _value(program, node, feeds, env)
+            if observe is not None and node.op == "call_function":
+                observe(node, env[node])
+            for operand in last_use.get(node, ()):
+                del env[operand]
+    raise AssertionError("a graph ends with its output")
+
+
+def _value(program: Program, node: fx.Node, feeds: dict[str, Tensor], env: dict[fx.Node, Any]) -> Any:
+    if node.op == "placeholder":
+        return feeds[str(node.target)]
+    if node.op == "get_attr":
+        return program.constants[str(node.target)]
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    seen: set[fx.Node] = set()
+    uses: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(program.nodes):
+        for operand in node.all_input_nodes:
+            if operand not in seen:
+                seen.add(operand)
+                uses.setdefault(node, []).append(operand)
+    return uses

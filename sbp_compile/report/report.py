@@ -1,0 +1,157 @@
+"""The report: a row for each layer, totals before and after, notes; for people (rich) and for machines (dict)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.markup import escape
+from rich.table import Table
+
+from passes.ir.analysis import Analysis
+from passes.ir.cost import Cost, count, macs_by_node
+from passes.ir.pipeline import Note, Step
+from passes.ir.program import Program
+from passes.rules.contraction import CONVOLUTIONS, LINEAR
+from sbp_compile.verify import Verification
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer with weights: its output channels and multiply-adds before and after.
+
+    `masked`: output channels that nothing needs (constant or unread); `kept`: those in the small network;
+    `reason`: why more were kept than had to be.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    masked: int
+    kept: int
+    inputs: int
+    inputs_kept: int
+    macs: int
+    macs_kept: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything the compiler has to say about one run."""
+
+    layers: tuple[Layer, ...]
+    before: Cost
+    after: Cost
+    notes: tuple[Note, ...] = ()
+    verification: Verification | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        return asdict(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Group(self._layers(), self._totals())
+        for note in self.notes:
+            yield f"[dim]{escape(note.where)}: {escape(note.text)}[/dim]"
+
+    def _layers(self) -> Table:
+        table = Table(box=SIMPLE, title="Output channels and multiply-adds of each layer", title_justify="left")
+        for heading in ("layer", "kind"):
+            table.add_column(heading)
+        for heading in ("channels", "masked", "kept", "MACs before", "MACs after"):
+            table.add_column(heading, justify="right")
+        table.add_column("why more were kept", overflow="fold")
+        for layer in self.layers:
+            counts = (layer.channels, layer.masked, layer.kept, layer.macs, layer.macs_kept)
+            table.add_row(escape(layer.name), layer.kind, *(f"{value:,}" for value in counts), escape(layer.reason))
+        return table
+
+    def _totals(self) -> Table:
+        table = Table(box=SIMPLE)
+        table.add_column("")
+        for heading in ("before", "after", "ratio"):
+            table.add_column(heading, justify="right")
+        for name, first, second in (
+            ("multiply-adds", self.before.macs, self.after.macs),
+            ("parameters", self.before.parameters, self.after.parameters),
+            ("weight bytes", self.before.bytes, self.after.bytes),
+        ):
+            table.add_row(name, f"{first:,}", f"{second:,}", f"{first / second:.2f}x" if second else "-")
+        return table
+
+
+def build_report(
+    dense: Program, small: Program, steps: Sequence[Step], notes: Sequence[Note], seconds: Mapping[str, float]
+) -> Report:
+    """The report of one run; `dense` is the plain architecture at full width, `steps` what the pipeline did."""
+    analyses = [step.after for step in steps if step.after.analysis is not None and step.name == "analyze_channels"]
+    rows = _layers(dense, small, analyses)
+    return Report(tuple(rows), count(dense), count(small), (*notes, *_opaque_notes(small)), seconds=dict(seconds))
+
+
+def _weights(program: Program) -> dict[str, tuple[str, int, int]]:
+    """(operator, output channels, input channels) of each contraction, by name."""
+    found = {}
+    for node in program.calls():
+        if node.target in CONVOLUTIONS or node.target is LINEAR:
+            weight = program.constant(node.args[1])
+            if weight is not None:
+                found[node.name] = (str(node.target).split(".")[1], weight.shape[0], weight.shape[1])
+    return found
+
+
+def _layers(dense: Program, small: Program, analyses: Sequence[Program]) -> list[Layer]:
+    before, after = _weights(dense), _weights(small)
+    macs, macs_after = macs_by_node(dense), macs_by_node(small)
+    labels = {node.name: node.meta.get("module") or node.name for node in dense.calls()}
+    rows = []
+    for name, (kind, channels, inputs) in before.items():
+        kept = after.get(name, (kind, 0, 0))
+        masked, reason = _explained(name, channels, kept[1], analyses)
+        rows.append(
+            Layer(
+                labels[name], kind, channels, masked, kept[1], inputs, kept[2], macs[name], macs_after.get(name, 0), reason
+            )
+        )
+    return rows
+
+
+def _explained(name: str, channels: int, kept: int, analyses: Sequence[Program]) -> tuple[int, str]:
+    """(how many output channels were not needed, why more than needed were kept)."""
+    reasons: dict[str, int] = {}
+    masked = 0
+    for program in analyses:
+        node = next((node for node in program.calls() if node.name == name), None)
+        assert isinstance(program.analysis, Analysis)
+        if node is None or node not in program.infos:
+            break
+        axis = program.infos[node].rank - 1 - CONVOLUTIONS.get(node.target, 0)
+        needed = program.analysis.keep.needed(name, axis)
+        weight = program.constant(node.args[1])
+        if needed is None or weight is None:
+            break
+        masked = max(masked, channels - needed)
+        reasons = {} if kept <= needed else dict(program.analysis.keep.reasons(name, axis))
+    text = ", ".join(f"{number} for {why}" for why, number in reasons.items())
+    return masked, text if kept > channels - masked else ""
+
+
+def _opaque_notes(program: Program) -> list[Note]:
+    """One note for each operator that has no rule, with how often it occurs."""
+    from passes.ir.program import Op
+    from passes.rules import OPAQUE, rule_for
+
+    counts: dict[str, int] = {}
+    for node in program.calls():
+        if node in program.infos and rule_for(Op(program, node)) is OPAQUE:
+            counts[str(node.target)] = counts.get(str(node.target), 0) + 1
+    return [
+        Note(target, f"no rule covers it: its inputs and outputs keep their full width ({number} in the network)")
+        for target, number in counts.items()
+    ]
