@@ -5,20 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
-from sbp_compile.errors import BatchPinnedWarning, InputError, UnsupportedModelError
+from sbp_compile.errors import BatchPinnedWarning, InputError, UnsupportedModelError, UsageError
 
 DynamicBatch = bool | Literal["require"]
 
 # Warnings that torch's exporter raises about its own code or about what is harmless here.
 _TORCH_WARNINGS = (
     (r"The tensor attributes? .* assigned during export", UserWarning),  # hooks of torch.nn.utils.prune
+    (r"No complete tensor found in the group", UserWarning),  # a parameter that is a part of a larger tensor
     (r".*(is|are) deprecated", FutureWarning),
     (r".*(is|are) deprecated", DeprecationWarning),
 )
@@ -42,8 +42,11 @@ def export_module(
     torch as it is; `dynamic_batch` is then not looked at.
 
     The module is left as it was: training flags of all submodules and plain tensor attributes included.
-    Raises `InputError` if `args` is not a tuple, `UnsupportedModelError` if the model cannot be captured.
+    Raises `UsageError` or `InputError` for arguments of the wrong kind, `UnsupportedModelError` if the model
+    cannot be captured.
     """
+    if dynamic_batch not in (True, False, "require"):
+        raise UsageError(f"dynamic_batch (={dynamic_batch!r}) must be True, False or 'require'")
     if not isinstance(args, tuple):
         raise InputError(
             f"args (={type(args).__name__}) must be a tuple of the module's positional arguments"
@@ -92,32 +95,33 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     back because hooks assign some while the module runs (those of `torch.nn.utils.prune`): a capture that
     fails would leave torch's stand-ins in the user's module.
     """
-    saved = [(part, _attributes(part)) for part in module.modules()]
+    parts = list(module.modules())
+    saved = [_attributes(part) for part in parts]
     try:
-        for part, _ in saved:
+        for part in parts:
             part.training = False
         yield
     finally:
-        for part, attributes in saved:
+        for part, attributes in zip(parts, saved, strict=True):
             _restore(part, attributes)
 
 
-def _attributes(part: nn.Module) -> dict[str, Any]:
-    """Return the module's attributes; its tables (of parameters, of buffers, ...) as copies."""
-    return {name: copy(value) if isinstance(value, dict) else value for name, value in vars(part).items()}
+_Attributes = tuple[dict[str, Any], list[tuple[dict[Any, Any], dict[Any, Any]]]]
 
 
-def _restore(part: nn.Module, attributes: dict[str, Any]) -> None:
-    """Put back what `_attributes` returned; the tables stay the same objects."""
-    current = dict(vars(part))
+def _attributes(part: nn.Module) -> _Attributes:
+    """Return the module's attributes, and the tables among them (its buffers, ...) with their contents."""
+    attributes = dict(vars(part))
+    return attributes, [(value, dict(value)) for value in attributes.values() if isinstance(value, dict)]
+
+
+def _restore(part: nn.Module, saved: _Attributes) -> None:
+    attributes, tables = saved
     vars(part).clear()
     vars(part).update(attributes)
-    for name, saved in attributes.items():
-        table = current.get(name)
-        if isinstance(table, dict) and isinstance(saved, dict):
-            table.clear()
-            table.update(saved)
-            vars(part)[name] = table
+    for table, content in tables:
+        table.clear()
+        table.update(content)
 
 
 def _export_dynamic(

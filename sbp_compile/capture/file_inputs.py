@@ -55,8 +55,9 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _store(tensor: Tensor, tensors: dict[str, Tensor]) -> str:
-    if tensor.layout is not torch.strided or tensor.is_quantized:
-        raise InputError(f"example input with layout {tensor.layout} cannot be saved: give a dense tensor")
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        kind = f"layout {tensor.layout} on device {tensor.device}"
+        raise InputError(f"example input of {kind} cannot be saved: give a dense tensor with values")
     name = f"input_{len(tensors)}"
     # A clone, because safetensors refuses tensors that share memory.
     tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

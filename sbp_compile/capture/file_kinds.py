@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,11 @@ _SIGNATURES = (
     (b"GGUF", "a GGUF file"),
     (b"\x7fELF", "a compiled program or library"),
 )
-# The globals that torch.save needs for a dict of tensors; anything else is somebody's class.
-_TENSOR_GLOBALS = ("torch", "torch._utils", "torch.storage", "torch.nn.parameter", "collections", "numpy")
+# What torch.save imports for a dict of tensors; anything else is somebody's class.
+_TENSOR_GLOBAL = re.compile(
+    r"torch\.(_utils|storage|nn\.parameter|serialization)\..*|torch\.\w*Storage|torch\.\w*[0-9]"
+    r"|collections\.OrderedDict|numpy\..*|(__builtin__|builtins)\.(set|dict|list|int|float)"
+)
 _MOST_OPCODES = 2_000_000
 
 
@@ -92,9 +96,7 @@ def _zip_refusal(file: IO[bytes], path: Path) -> str | None:
 
 def _pickle_refusal(file: IO[bytes], path: Path) -> str:
     """Name a pickled module or state dict, with the two lines that make a model file of it."""
-    classes = [
-        name for name in _globals(file) if not name.startswith(tuple(g + "." for g in _TENSOR_GLOBALS))
-    ]
+    classes = [name for name in _globals(file) if not _TENSOR_GLOBAL.fullmatch(name)]
     target = f"sbp_compile.save_model(model, example_input, {path.stem + '.model'!r})"
     if classes:
         what, load = (

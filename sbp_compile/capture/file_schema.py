@@ -137,12 +137,22 @@ def _number(value: Any) -> Any:
 
 
 def _specification(value: Any) -> str:
-    """Accept the structure of inputs or outputs, a JSON text inside the JSON; rebuild it."""
+    """Accept the structure of outputs, a JSON text inside the JSON; rebuild it."""
     try:
         protocol, tree = json.loads(_STRING(value))
     except ValueError as error:
         raise RefusalError(f"structure {str(value)[:80]!r} is not understood") from error
     return json.dumps([_INT(protocol), _structure(tree)])
+
+
+def _call_specification(value: Any) -> str:
+    """Accept the structure of (args, kwargs); torch pastes the keywords into Python text."""
+    specification = _specification(value)
+    children = json.loads(specification)[1]["children_spec"]
+    if len(children) != 2 or children[1]["type"] != "builtins.dict":
+        raise RefusalError("structure is not that of a call: a tuple and a dict")
+    items(NAME)(json.loads(children[1]["context"]))
+    return specification
 
 
 def _structure(node: Any) -> dict[str, Any]:
@@ -290,7 +300,7 @@ def program_check(namespaces: Collection[str] = ()) -> Check:
     call = record(
         inputs=items(argument),
         outputs=items(argument),
-        in_spec=_specification,
+        in_spec=_call_specification,
         out_spec=_specification,
         forward_arg_names=optional(items(NAME)),
     )
