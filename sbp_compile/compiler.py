@@ -28,7 +28,7 @@ from sbp_compile.emit.module import CompiledModule, emit_graph_module
 from sbp_compile.emit.onnx_file import onnx_model, save_onnx
 from sbp_compile.errors import InputError, UnsupportedModelError, UsageError
 from sbp_compile.report import Report, build_report
-from sbp_compile.verify import Reference, Verification, verification_inputs, verify_float64, verify_onnx
+from sbp_compile.verify import Reference, Verification, load_inputs, verification_inputs, verify_float64, verify_onnx
 
 SUFFIXES = (".onnx", ".pt2")
 
@@ -157,14 +157,17 @@ def compile_exported(
     *,
     verify: bool = True,
     inputs: Sequence[tuple[Tensor, ...]] = (),
+    input_file: Path | None = None,
     pipeline: Pipeline | None = None,
     seconds: Mapping[str, float] | None = None,
 ) -> Compiled:
-    """The same for an exported program and one call's arguments."""
+    """The same for an exported program and one call's arguments; `input_file` is an .npz with further inputs."""
     times = dict(seconds or {})
     start = time.perf_counter()
     original = program_from_export(exported)
     times["capture"] = times.get("capture", 0.0) + time.perf_counter() - start
+    if input_file is not None:
+        inputs = [*inputs, load_inputs(input_file, original)]
     start = time.perf_counter()
     steps: list[Step] = []
     try:

@@ -1,0 +1,200 @@
+"""The command line: `python -m sbp_compile model.pt -o small.onnx`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from sbp_compile.errors import CompileError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sbp_compile.compiler import Compiled
+
+DESCRIPTION = """\
+Turns a network trained with Structured Bayesian Pruning (or masked by any other method) into the small
+dense network that is left: the same function, the same inputs and outputs, written as an ONNX file.
+
+Channels that are switched off or constant are removed together with everything that depended on them;
+what they contributed goes into the weights that stay. Before the file gets its name it is compared with
+the original, in float64 and in onnxruntime. If the two disagree, nothing is written."""
+
+EPILOG = """\
+examples:
+  python -m sbp_compile model.pt -o small.onnx
+  python -m sbp_compile model.pt -o small.onnx --time --batch 1,64
+  python -m sbp_compile model.pt -o small.onnx --inputs images.npz --json report.json
+
+The model file is made by sbp_compile.save_model(module, example_inputs, "model.pt"); it needs none of
+the model's code and holds nothing that is unpickled.
+
+exit codes:
+  0  written and verified
+  1  an error of the compiler itself: please report it
+  2  an option has a value that cannot be used
+  3  the model file is missing, damaged, of an unknown format, or unsafe to load
+  4  the inputs do not fit the model
+  5  the model cannot be compiled exactly
+  6  the small network disagrees with the original: nothing was written
+  7  the output cannot be written
+  130  interrupted"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help lists the options")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options and their texts."""
+    parser = _Parser(
+        prog="python -m sbp_compile",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, help="a file written by sbp_compile.save_model, or a .pt2 file")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="where to write: .onnx or .pt2"
+    )
+    proof = parser.add_argument_group("proof")
+    proof.add_argument(
+        "--inputs", type=Path, metavar="NPZ", help="verify on these inputs too: one array for each input name"
+    )
+    proof.add_argument("--no-verify", action="store_true", help="write without comparing (not recommended)")
+    timing = parser.add_argument_group("timing")
+    timing.add_argument("--time", action="store_true", help="time the plain dense network against the small one")
+    timing.add_argument("--batch", type=_numbers, default=(1,), metavar="N[,N]", help="batch sizes to time (1)")
+    timing.add_argument("--threads", type=_number, default=1, metavar="N", help="threads to time with (1)")
+    output = parser.add_argument_group("report")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the report for machines")
+    output.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code. Bad input never shows a traceback."""
+    if "--version" in arguments:
+        from sbp_compile.compiler import version
+
+        print(f"sbp_compile {version()}")
+        return 0
+    try:
+        run(build_parser().parse_args(arguments))
+    except CompileError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", 130)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"sbp_compile: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def run(options: argparse.Namespace) -> None:
+    """One compilation from file to file."""
+    _check_output(options.output)
+    if options.json is not None:
+        _check_output(options.json)
+    from rich.console import Console
+
+    console = Console(quiet=options.quiet)
+    with _one_line_warnings():
+        compiled = _compile(options, console)
+        timings = _time(options, compiled, console) if options.time else []
+    if options.json is not None:
+        from sbp_compile.atomic import write_atomically
+
+        content = {**compiled.report.to_dict(), "timings": timings}
+        write_atomically(options.json, json.dumps(content, indent=2) + "\n")
+
+
+def _compile(options: argparse.Namespace, console: Console) -> Compiled:
+    from sbp_compile.capture.model_file import load_model
+    from sbp_compile.compiler import SUFFIXES, compile_file
+
+    if options.output.suffix not in SUFFIXES:
+        raise UsageError(f"output {options.output.name!r} must end in {' or '.join(SUFFIXES)}")
+    with console.status("reading the model") as status:
+        model = load_model(options.model)
+        status.update("compiling")
+        compiled = compile_file(model, verify=not options.no_verify, input_file=options.inputs)
+        status.update("writing and verifying")
+        compiled.save(options.output)
+    console.print(compiled.report)
+    console.print(f"[bold]{options.output}[/bold]: {_proof(compiled)}", highlight=False)
+    return compiled
+
+
+def _proof(compiled: Compiled) -> str:
+    proof = compiled.report.verification
+    if proof is None:
+        return "written without verification"
+    text = f"same function: error {proof.float64_error:.1e} in float64"
+    if proof.onnx_error is not None:
+        runtime = " and ".join(name.removesuffix("ExecutionProvider") for name in proof.providers)
+        text += f", {proof.onnx_error:.1e} in onnxruntime on {runtime} (tolerance {proof.onnx_tolerance:.0e})"
+    return f"{text}, on {proof.examples} examples"
+
+
+def _time(options: argparse.Namespace, compiled: Compiled, console: Console) -> list[dict[str, Any]]:
+    from sbp_compile.timing import compare, progress_bar
+
+    if options.output.suffix != ".onnx":
+        raise UsageError(f"--time needs an .onnx output, not {options.output.name!r}")
+    models = {"dense": compiled.onnx_bytes(compiled.dense), "small": compiled.onnx_bytes()}
+    found = []
+    for batch in options.batch:
+        with progress_bar(console) as progress:
+            comparison = compare(models, batch=batch, threads=options.threads, progress=progress)
+        console.print(comparison)
+        found.append(comparison.to_json())
+    return found
+
+
+def _check_output(path: Path) -> None:
+    """Refuse early what would fail late: a missing folder, a directory, an unwritable place."""
+    import os
+
+    folder = path.parent
+    if path.is_dir():
+        raise OutputError(f"cannot write {str(path)!r}: it is a directory; give a file name")
+    if not folder.is_dir():
+        raise OutputError(f"cannot write {str(path)!r}: folder {str(folder)!r} does not exist; create it first")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"cannot write {str(path)!r}: no permission to write in {str(folder)!r}")
+
+
+def _number(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return value
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(_number(part) for part in text.split(","))
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Show warnings of ours as one line each; others' are not for the user of a command line."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if category.__module__.startswith("sbp_compile"):
+            print(f"sbp_compile: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        yield
