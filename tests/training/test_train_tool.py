@@ -19,13 +19,6 @@ def tool():
     return module
 
 
-@pytest.fixture(autouse=True)
-def _threads_as_before():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def options(folder, output):
     return [
         "lenet500300",
