@@ -73,8 +73,8 @@ def test_the_same_seed_gives_the_same_network_and_leaves_the_random_state(images
 
 
 def test_training_prunes_units_and_still_learns(images):
-    phase = Phase(60, batch=20, learning_rate=3e-3)
-    result = train(images, replace(RECIPE, sbp=phase, kl_weights=(0.03, 0.03, 0.03)), Recorder())
+    dense, noisy = Phase(20, batch=20), Phase(60, batch=20, learning_rate=3e-3)
+    result = train(images, replace(RECIPE, dense=dense, sbp=noisy, kl_weights=(0.03,) * 3), Recorder())
     assert result.mac_ratio > 3
     assert result.masked_error < 10
 
