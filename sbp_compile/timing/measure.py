@@ -8,7 +8,7 @@
    row that the clock's resolution does not matter: one sample.
 
 A round gives the difference of the models' mean log times, a load the median over its rounds, and the ratio
-is the exponential of the mean over the loads.
+is the exponential of the median over the loads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sbp_compile.timing.inputs import Shapes, check_names, make_inputs
 from sbp_compile.timing.progress import Progress
 from sbp_compile.timing.result import Comparison, ModelTiming, Ratio
 from sbp_compile.timing.session import Model, Runner, declared_inputs, open_session, require_provider
-from sbp_compile.timing.statistics import Floats, half_width, mean_interval
+from sbp_compile.timing.statistics import Floats, half_width, median_interval
 
 _SAMPLE_S = 500e-6
 _UNTIMED_BELOW_S = 10e-3
@@ -232,13 +232,13 @@ def _load_medians(logs: Floats) -> Floats:
 
 
 def _widest(differences: Floats) -> float:
-    return max(half_width(mean_interval(series)) for series in differences)
+    return max(half_width(median_interval(series)) for series in differences)
 
 
 def _ratios(entries: Sequence[_Entry], differences: Floats) -> Iterator[Ratio]:
     for other, series in zip(entries[1:], differences, strict=False):
-        low, high = mean_interval(series)
-        yield Ratio(entries[0].name, other.name, *(math.exp(log) for log in (np.mean(series), low, high)))
+        low, high = median_interval(series)
+        yield Ratio(entries[0].name, other.name, *(math.exp(log) for log in (np.median(series), low, high)))
 
 
 def _timing(entry: _Entry, batch: int) -> ModelTiming:

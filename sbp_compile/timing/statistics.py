@@ -1,8 +1,11 @@
-"""Interval of a mean from few independent measurements, and the drift in them.
+"""Interval of a median from few independent measurements, and the drift in them.
 
 The measurements are one log ratio per load of the models, not one per run: neighbouring runs are slow
 together, and a model runs about a per cent faster or slower each time it is loaded (where its weights came to
 lie in memory). An interval from single runs sees neither and is much too narrow; docs/latency.md has figures.
+
+Now and then a whole load is far off, because another program had the core. The median and an interval between
+order statistics are hardly moved by it, and assume nothing about the distribution.
 """
 
 from __future__ import annotations
@@ -14,30 +17,28 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-_NORMAL_975 = 1.959963984540054
+LEVEL = 0.95
 
 
-def student_975(degrees: int) -> float:
-    """0.975 quantile of Student's t, `degrees` >= 2; 1% too small at 2 degrees, within 0.1% from 4.
+def median_interval(values: Floats) -> tuple[float, float]:
+    """Interval that holds the median of the distribution of independent `values`, shape (n,), at 95% or more.
 
-    Source: Abramowitz and Stegun 26.7.5, the expansion in 1 / degrees.
+    For n < 6 there is none: the smallest and the largest value are returned (75% at n = 3, 94% at 5).
+    Source: the sign test inverted; the k-th smallest and k-th largest value hold the median with probability
+    1 - 2 P(Binomial(n, 1/2) < k).
     """
-    z = _NORMAL_975
-    terms: tuple[float, ...] = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return math.fsum(term / degrees**power for power, term in enumerate(terms))
+    ordered = np.sort(values)
+    rank = _rank(len(ordered))
+    return float(ordered[rank - 1]), float(ordered[-rank])
 
 
-def mean_interval(values: Floats) -> tuple[float, float]:
-    """95% interval of the mean of independent `values`, shape (n,), n >= 3, by Student's t."""
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    middle, reach = float(np.mean(values)), student_975(len(values) - 1) * error
-    return middle - reach, middle + reach
+def _rank(n: int) -> int:
+    """Largest k >= 1 at which the k-th values from both ends still make an interval of the level."""
+    below, rank = 0, 0
+    while rank < n and 2 * (below + math.comb(n, rank)) <= (1 - LEVEL) * 2**n:
+        below += math.comb(n, rank)
+        rank += 1
+    return max(rank, 1)
 
 
 def half_width(interval: tuple[float, float]) -> float:
@@ -47,6 +48,6 @@ def half_width(interval: tuple[float, float]) -> float:
 
 
 def drift(values: Floats) -> float:
-    """How far the means of the first and the second half of `values`, shape (n,), lie apart; n >= 2."""
+    """How far the medians of the first and the second half of `values`, shape (n,), lie apart; n >= 2."""
     middle = len(values) // 2
-    return abs(float(np.mean(values[:middle]) - np.mean(values[middle:])))
+    return abs(float(np.median(values[:middle]) - np.median(values[middle:])))
