@@ -113,12 +113,11 @@ def _pickle_refusal(file: IO[bytes], path: Path) -> str:
 
 def _globals(file: IO[bytes]) -> Iterator[str]:
     """Yield the dotted names that the pickles at the file's position would import, without running them."""
-    for stream in range(8):  # torch's older format is several pickles in a row
+    for _ in range(8):  # torch's older format is several pickles in a row
         try:
             yield from _globals_of_one(file)
         except Exception:  # pickletools raises many kinds of error on what is no pickle
             return
-        del stream
 
 
 def _globals_of_one(file: IO[bytes]) -> Iterator[str]:

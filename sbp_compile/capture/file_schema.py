@@ -151,7 +151,7 @@ def _call_specification(value: Any) -> str:
     children = json.loads(specification)[1]["children_spec"]
     if len(children) != 2 or children[1]["type"] != "builtins.dict":
         raise RefusalError("structure is not that of a call: a tuple and a dict")
-    items(NAME)(json.loads(children[1]["context"]))
+    items(NAME)(json.loads(_STRING(children[1]["context"])))
     return specification
 
 

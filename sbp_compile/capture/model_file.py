@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -156,7 +157,9 @@ def _inputs(archive: Archive) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _deserialise(buffer: io.BytesIO) -> ExportedProgram:
     """Give torch a screened archive; what it still does not like becomes one error."""
     buffer.seek(0)
-    with _logged_reason() as logged:
+    with _logged_reason() as logged, quiet_export():
+        # torch only warns of a graph that has no valid Python text.
+        warnings.filterwarnings("error", message="Unable to execute the generated python source code")
         try:
             return torch.export.load(buffer)
         except Exception as error:

@@ -228,6 +228,7 @@ REFUSED: dict[str, tuple[Callable[[Records], object], str]] = {
     ),
     "code in a keyword": (put(call(kind="builtins.dict", context=[INJECTED]), *SPEC), "is not a plain name"),
     "no call": (put(json.dumps([1, structure(None, None)]), *SPEC), "not that of a call"),
+    "no keywords": (put(call(kind="builtins.dict", context=None), *SPEC), "expected list"),
     "broken structure": (put("[1", *SPEC), "is not understood"),
     "custom objects": (
         put({"a": {}}, PROGRAM, "graph_module", "graph", "custom_obj_values"),
@@ -257,6 +258,10 @@ REFUSED: dict[str, tuple[Callable[[Records], object], str]] = {
     "no JSON": (put(b"{", PROGRAM), "models/model.json is not the JSON"),
     "deep JSON": (put(b"[" * 200_000, PROGRAM), "models/model.json is not the JSON"),
     "empty program": (put({}, PROGRAM), "cannot load the program"),
+    "graph without its inputs": (
+        put([], PROGRAM, "graph_module", "graph", "inputs"),
+        "cannot load the program",
+    ),
     "other schema": (put(7, PROGRAM, "schema_version", "major"), "schema version"),
 }
 
