@@ -9,6 +9,7 @@ from passes.ir.pipeline import Note, Pipeline, Result, Step
 from passes.ir.program import Input, Program, TensorInfo
 from passes.remove_dead import RemoveDead
 from passes.rules import Rule, registered_rules, rule
+from passes.select_inputs import SelectInputs
 from passes.shrink_channels import ShrinkChannels
 
 
@@ -25,7 +26,16 @@ def default_pipeline() -> Pipeline:
         name="shrink",
         repeat=True,
     )
-    return Pipeline((Canonicalize(), rounds, RemoveDead()), name="default")
+    return Pipeline(
+        (
+            Canonicalize(),  # one dialect for everything after it
+            rounds,
+            AnalyzeChannels(),
+            SelectInputs(),  # last: what no coupling could remove is worth a gather only now
+            RemoveDead(),
+        ),
+        name="default",
+    )
 
 
 __all__ = [
@@ -42,6 +52,7 @@ __all__ = [
     "RemoveDead",
     "Result",
     "Rule",
+    "SelectInputs",
     "ShrinkChannels",
     "Step",
     "TensorInfo",

@@ -269,5 +269,5 @@ def _hash(program: Program) -> str:
     digest = hashlib.sha256(str(program.graph).encode())
     for name in sorted(program.constants):
         digest.update(name.encode())
-        digest.update(program.constants[name].contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(program.constants[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from passes.ir.program import Input, Origin, Program
+from sbp_compile.capture.export import quiet_export
 from sbp_compile.errors import UnsupportedModelError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -20,7 +21,8 @@ def program_from_export(exported: ExportedProgram) -> Program:
 
     Raises UnsupportedModelError where the graph mutates buffers or inputs.
     """
-    exported = exported.run_decompositions({})
+    with quiet_export():
+        exported = exported.run_decompositions({})
     graph = fx.Graph()
     constants: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
