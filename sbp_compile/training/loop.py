@@ -1,6 +1,7 @@
-"""Dense pretraining, then training with noise: mean cross-entropy + KL / N, as the paper's authors do.
+"""Dense pretraining, then training with noise: mean cross-entropy + KL / N, the loss of the paper's authors.
 
-Paper: Neklyudov et al., NIPS 2017 (arXiv 1705.07283), equation 4, here per example.
+It is the variational lower bound, negated and per example (Neklyudov et al., NIPS 2017, arXiv 1705.07283,
+section 2), with a weight on each layer's KL.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Result:
 
 def predict(model: Callable[[Tensor], Tensor], images: Tensor, *, batch: int = 500) -> Tensor:
     """Logits (N, classes) of `images` in eval mode, without gradients; a module's own mode is put back."""
+    # The flags are set directly: the module of an exported program refuses eval().
     training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
     for module in training:
         module.training = False

@@ -17,10 +17,8 @@ from sbp_compile.nn import noise_layers
 from sbp_compile.training.models import Network
 
 _LIVE_LOG_SIGMA = -5.0
-_DEAD = (
-    -1.0,
-    3.4,
-)  # (mu, log_sigma) where pruned units settle in training; their signal-to-noise ratio is about 1/3
+# (mu, log_sigma) where pruned units settle in training; their signal-to-noise ratio is about 1/3
+_DEAD = (-1.0, 3.4)
 
 
 def live_masks(model: Network) -> list[Tensor]:
