@@ -1,0 +1,57 @@
+# Each target does its own set-up: it needs Python 3.11 to 3.13 with venv, make, and a package index.
+#   make demo       compile the bundled trained LeNet-5 and time it before and after
+#   make test       lint, types and the tests
+#   make test-slow  the tests that are left out of `make test`
+#   make fuzz       random networks, FUZZ_EXAMPLES of them
+#   make clean      remove what the targets made, the environment included
+
+VENV ?= .venv
+# The CPU build of torch: a tenth of the size of the default one on Linux. Empty for the default.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+FUZZ_EXAMPLES ?= 2000
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+DEMO_MODEL := models/lenet5-sbp-digits.pt
+
+.PHONY: demo test test-slow fuzz lint clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	mkdir -p out
+	$(BIN)/python -m sbp_compile $(DEMO_MODEL) -o out/lenet5-small.onnx --time
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+fuzz: $(READY)
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A command of that name can exist and still not run (version managers), so each one is tried.
+$(BIN)/python:
+	@for python in python3.13 python3.12 python3.11 python3; do \
+	  if $$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	    >/dev/null 2>&1; then \
+	    echo "$$python -m venv $(VENV)"; exec $$python -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "make: no Python 3.11 to 3.13 with venv was found; install one (Debian: apt install python3-venv)" >&2; \
+	exit 1
+
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --retries 1 --no-deps -c constraints.txt \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
