@@ -111,7 +111,7 @@ def _live_window(mu: Tensor, log_sigma: Tensor, a: float, b: float) -> _Window:
 
 
 def _reach(offset: Tensor, s2: Tensor) -> Tensor:
-    """Solve for the d > 0 with d (d + 2 offset) / (2 s^2) = 42, without cancellation for either sign of `offset`."""
+    """Solve d (d + 2 offset) / (2 s^2) = 42 for d > 0, without cancellation for either sign of `offset`."""
     drop = 2 * _CUT * s2
     root = (offset.square() + drop).sqrt() + offset.abs()
     return torch.where(offset > 0, drop / root, root)
