@@ -4,6 +4,7 @@
 - copies, no-op casts and assertions go; sizes are taken from the network's inputs;
 - addmm, mm and matmul with a constant become linear; every convolution becomes conv1d, conv2d or conv3d;
 - batch norm in eval mode becomes y = x * scale + shift with scale = gamma / sqrt(var + eps), shift = beta - mean * scale;
+- pooling, extrema and padding have one spelling each (passes/spellings.py);
 - split, chunk and unbind become slices; every view becomes a reshape, which needs no copy in front of it;
 - x + 0, x * 1 and the like go.
 """
@@ -24,6 +25,7 @@ from passes.ir.pipeline import Result
 from passes.ir.program import Op, Program
 from passes.ir.rewriter import Rewriter
 from passes.rules.pointwise import CASTS, COPIES
+from passes.spellings import FIRST_OUTPUTS, SPELLINGS
 
 aten = torch.ops.aten
 
@@ -39,7 +41,11 @@ class Canonicalize:
     def __call__(self, program: Program) -> Result:
         folded = fold_constants(program)
         result = rewrite_calls(folded)
-        return Result(result, len(result.nodes) != len(program.nodes))
+        return Result(program, False) if _same_calls(program, result) else Result(result, True)
+
+
+def _same_calls(first: Program, second: Program) -> bool:
+    return [(node.op, node.target) for node in first.nodes] == [(node.op, node.target) for node in second.nodes]
 
 
 def fold_constants(program: Program) -> Program:
@@ -59,7 +65,9 @@ def fold_constants(program: Program) -> Program:
             rewriter.placeholder(node)
         elif node.op == "call_function" and isinstance(values.get(node), Tensor):
             dtype = node.meta.get("dtype", values[node].dtype)
-            rewriter.env[node] = rewriter.constant(values[node], node.meta.get("constant_name", node.name), dtype)
+            rewriter.env[node] = rewriter.constant(
+                values[node], node.meta.get("constant_name", node.name), dtype
+            )
         elif node.op == "call_function" and node not in values:
             rewriter.env[node] = rewriter.copy(node)
     rewriter.output()
@@ -107,7 +115,9 @@ def _forward_operand(op: Op, rewriter: Rewriter) -> fx.Node:
 
 def _cast(op: Op, rewriter: Rewriter) -> fx.Node | None:
     source = op.operands[0]
-    return rewriter.value(source) if op.info is not None and op.info_of(source).dtype == op.info.dtype else None
+    return (
+        rewriter.value(source) if op.info is not None and op.info_of(source).dtype == op.info.dtype else None
+    )
 
 
 def _size(op: Op, rewriter: Rewriter) -> fx.Node | int | None:
@@ -126,7 +136,12 @@ def _batch_norm(op: Op, rewriter: Rewriter) -> fx.Node | None:
     mean, var = op.constant("running_mean"), op.constant("running_var")
     gamma, beta = op.constant("weight"), op.constant("bias")
     source = op.args["input"]
-    if mean is None or var is None or (op.args["weight"] is not None and gamma is None) or source not in op.program.infos:
+    if (
+        mean is None
+        or var is None
+        or (op.args["weight"] is not None and gamma is None)
+        or source not in op.program.infos
+    ):
         return None
     scale = torch.rsqrt(var + op.args["eps"])
     if gamma is not None:
@@ -143,7 +158,9 @@ def _batch_norm(op: Op, rewriter: Rewriter) -> fx.Node | None:
         step="scale",
     )
     return rewriter.call(
-        aten.add.Tensor, (scaled, rewriter.constant(shift.reshape(shape), f"{base}.shift", dtype)), like=op.node
+        aten.add.Tensor,
+        (scaled, rewriter.constant(shift.reshape(shape), f"{base}.shift", dtype)),
+        like=op.node,
     )
 
 
@@ -179,10 +196,13 @@ def _split_piece(op: Op, split: Op, rewriter: Rewriter) -> fx.Node | None:
 
 def _unbind_piece(op: Op, unbind: Op, rewriter: Rewriter) -> fx.Node:
     source = unbind.operands[0]
-    return rewriter.call(aten.select.int, (rewriter.value(source), unbind.args["dim"], op.node.args[1]), like=op.node)
+    return rewriter.call(
+        aten.select.int, (rewriter.value(source), unbind.args["dim"], op.node.args[1]), like=op.node
+    )
 
 
 PIECES: dict[Any, Callable[[Op, Op, Rewriter], "fx.Node | None"]] = {
+    **FIRST_OUTPUTS,
     aten.split.Tensor: _split_piece,
     aten.split_with_sizes.default: _split_piece,
     aten.unbind.int: _unbind_piece,
@@ -277,20 +297,34 @@ def _identity(neutral: float, commutes: bool) -> Handler:
 
 
 def _view(op: Op, rewriter: Rewriter) -> fx.Node | None:
-    """A reshape, which also serves an operand whose strides changed; nothing where the shape stays."""
+    """A reshape, which also serves an operand whose strides changed; nothing where the shape stays.
+
+    Static sizes are literals; if there are dynamic ones, one of them is written -1.
+    """
     source = op.operands[0] if op.operands else None
     if op.info is None or source is None:
         return None
     if (op.info.sizes, op.info.other_sizes) == (op.info_of(source).sizes, op.info_of(source).other_sizes):
         return rewriter.value(source)
-    if op.target is aten.reshape.default:
-        return None
-    sizes = rewriter.map(op.args["size"])
+    entries = enumerate(rewriter.map(op.arg("size", "shape")))
+    sizes = [op.out.sizes[axis] if op.out.is_static(axis) else entry for axis, entry in entries]
+    nodes = [axis for axis, size in enumerate(sizes) if isinstance(size, fx.Node)]
+    if nodes and -1 not in sizes:
+        sizes[max(nodes, key=lambda axis: _distance_to_input(sizes[axis]))] = -1
     return rewriter.call(aten.reshape.default, (rewriter.value(source), sizes), like=op.node)
 
 
+def _distance_to_input(size: fx.Node) -> int:
+    """How a run-time size is computed: 0 from an input directly, 1 from other values."""
+    return int(any(operand.op != "placeholder" for operand in size.all_input_nodes))
+
+
 BATCH_NORMS = frozenset(
-    {aten._native_batch_norm_legit_no_training.default, aten.native_batch_norm.default, aten.batch_norm.default}
+    {
+        aten._native_batch_norm_legit_no_training.default,
+        aten.native_batch_norm.default,
+        aten.batch_norm.default,
+    }
 )
 
 
@@ -306,6 +340,7 @@ HANDLERS: dict[Any, Handler] = {
     aten.batch_norm.default: _plain_batch_norm,
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten.reshape.default), _view),
     operator.getitem: _getitem,
+    **SPELLINGS,
     aten.addmm.default: _addmm,
     aten.mm.default: _mm,
     aten.matmul.default: _mm,

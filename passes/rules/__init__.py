@@ -1,16 +1,31 @@
 """The rules, one file per op family; importing the package registers them all."""
 
-from passes.rules import contraction, pointwise, view, window
+from passes.rules import (
+    contraction,
+    joining,
+    padding,
+    pointwise,
+    reduction,
+    resample,
+    selection,
+    view,
+    window,
+)
 from passes.rules.base import OPAQUE, Rule, registered_rules, rule, rule_for
 
 __all__ = [
     "OPAQUE",
     "Rule",
     "contraction",
+    "joining",
+    "padding",
     "pointwise",
+    "reduction",
     "registered_rules",
+    "resample",
     "rule",
     "rule_for",
+    "selection",
     "view",
     "window",
 ]

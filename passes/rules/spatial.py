@@ -68,7 +68,7 @@ class SpatialRule(Rule):
         for position, axis in enumerate(self.spatial(op)):
             static = info.is_static(axis) and op.out.is_static(axis) and _has_plain_arguments(op)
             if not static:
-                facts = _constant_along(facts, axis)
+                facts = constant_along(facts, axis)
                 if not self.preserves_constants(op, position):
                     facts = facts.forget(facts.value != 0)
         return facts
@@ -82,7 +82,9 @@ class SpatialRule(Rule):
             for position, axis in enumerate(spatial)
             if value.shape[axis] > 1 or not self.preserves_constants(op, position)
         ]
-        if not varying or not bool((value != 0).any()):
+        if not bool((value != 0).any()):
+            return torch.zeros([1] * value.ndim, dtype=value.dtype)
+        if not varying:
             return value
         sizes = [*value.shape[: spatial[0]], *(info.sizes[axis] for axis in spatial)]
         result = run(op, value.expand(sizes))
@@ -149,8 +151,8 @@ def _has_plain_arguments(op: Op) -> bool:
     return set(op.node.all_input_nodes) == set(op.operands)
 
 
-def _constant_along(facts: Facts, axis: int) -> Facts:
-    """Size 1 along an axis; what varies there becomes unknown."""
+def constant_along(facts: Facts, axis: int) -> Facts:
+    """Store facts at size 1 along an axis; what varies there becomes unknown."""
     if facts.value.shape[axis] == 1 and facts.known.shape[axis] == 1:
         return facts
     first = facts.value.narrow(axis, 0, 1)

@@ -1,0 +1,124 @@
+"""Several spellings of pooling, extrema and padding, each as one operator with one output.
+
+- max_pool*_with_indices becomes max_pool*; max and min, of an axis or of everything, become amax and amin;
+- adaptive_max_pool* becomes amax where one position is left, max_pool* where static sizes divide;
+- pad becomes constant_pad_nd, reflection_pad* or replication_pad*, and nothing where it adds nothing.
+
+A call whose other outputs are used stays as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes.ir.program import Op
+from passes.ir.rewriter import Rewriter
+
+aten = torch.ops.aten
+
+Piece = Callable[[Op, Op, Rewriter], fx.Node | None]
+Spelling = Callable[[Op, Rewriter], fx.Node | None]
+
+
+def _is_alone(source: fx.Node) -> bool:
+    """Whether nothing but the first output is used."""
+    return all(user.target is operator.getitem and user.args[1] == 0 for user in source.users)
+
+
+def _plain_pool(target: Any) -> Piece:
+    def piece(op: Op, source: Op, rewriter: Rewriter) -> fx.Node | None:
+        if not _is_alone(source.node):
+            return None
+        return rewriter.call(target, rewriter.map(tuple(source.args.values())), like=op.node)
+
+    return piece
+
+
+def _extremum(target: Any) -> Piece:
+    def piece(op: Op, source: Op, rewriter: Rewriter) -> fx.Node | None:
+        if not _is_alone(source.node):
+            return None
+        x, axis, keepdim = (source.args[name] for name in ("self", "dim", "keepdim"))
+        return rewriter.call(target, (rewriter.value(x), [axis], keepdim), like=op.node)
+
+    return piece
+
+
+def _adaptive(target: Any, spatial_rank: int) -> Piece:
+    def piece(op: Op, source: Op, rewriter: Rewriter) -> fx.Node | None:
+        x, wanted = source.args["self"], source.args["output_size"]
+        wanted = [wanted] if isinstance(wanted, int) else list(wanted)
+        if not _is_alone(source.node) or x not in op.program.infos:
+            return None
+        info = source.info_of(x)
+        axes = list(range(info.rank - spatial_rank, info.rank))
+        if all(size == 1 for size in wanted):
+            return rewriter.call(aten.amax.default, (rewriter.value(x), axes, True), like=op.node)
+        if not all(isinstance(size, int) for size in wanted) or not all(
+            info.is_static(axis) for axis in axes
+        ):
+            return None
+        sizes = [info.sizes[axis] for axis in axes]
+        if any(size % count for size, count in zip(sizes, wanted, strict=True)):
+            return None
+        window = [size // count for size, count in zip(sizes, wanted, strict=True)]
+        return rewriter.call(target, (rewriter.value(x), window, window), like=op.node)
+
+    return piece
+
+
+def _whole_extremum(target: Any) -> Spelling:
+    def handler(op: Op, rewriter: Rewriter) -> fx.Node | None:
+        if not op.operands:
+            return None
+        axes = list(range(op.info_of(op.operands[0]).rank))
+        return rewriter.call(target, (rewriter.value(op.operands[0]), axes), like=op.node)
+
+    return handler
+
+
+def _constant_pad(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    """Drop a pad that adds nothing."""
+    nothing = bool(op.operands) and all(pad == 0 for pad in op.args["pad"])
+    return rewriter.value(op.operands[0]) if nothing else None
+
+
+OWN_ENTRIES = {
+    "reflect": (aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d),
+    "replicate": (aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d),
+}
+
+
+def _pad(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    """Choose the operator of the mode; circular padding has none of its own."""
+    source, pads, mode = (op.args[name] for name in ("self", "pad", "mode"))
+    args = (rewriter.value(source), rewriter.map(pads))
+    if mode == "constant":
+        value = 0.0 if op.args["value"] is None else op.args["value"]
+        call = aten.constant_pad_nd.default
+        return _constant_pad(op, rewriter) or rewriter.call(call, (*args, value), like=op.node)
+    packets = OWN_ENTRIES.get(mode)
+    return None if packets is None else rewriter.call(packets[len(pads) // 2 - 1].default, args, like=op.node)
+
+
+FIRST_OUTPUTS: dict[Any, Piece] = {
+    aten.max_pool1d_with_indices.default: _plain_pool(aten.max_pool1d.default),
+    aten.max_pool2d_with_indices.default: _plain_pool(aten.max_pool2d.default),
+    aten.max_pool3d_with_indices.default: _plain_pool(aten.max_pool3d.default),
+    aten.adaptive_max_pool1d.default: _adaptive(aten.max_pool1d.default, 1),
+    aten.adaptive_max_pool2d.default: _adaptive(aten.max_pool2d.default, 2),
+    aten.adaptive_max_pool3d.default: _adaptive(aten.max_pool3d.default, 3),
+    aten.max.dim: _extremum(aten.amax.default),
+    aten.min.dim: _extremum(aten.amin.default),
+}
+SPELLINGS: dict[Any, Spelling] = {
+    aten.max.default: _whole_extremum(aten.amax.default),
+    aten.min.default: _whole_extremum(aten.amin.default),
+    aten.pad.default: _pad,
+    aten.constant_pad_nd.default: _constant_pad,
+}
