@@ -1,11 +1,13 @@
-"""Views: operators that give the same entries another shape.
+"""Views: operators that give the same entries another shape or another order of axes.
 
 forward: facts move with the entries; along a block that mixes a dynamic axis with static ones they survive
     where they do not vary.
 backward: demand moves back with the entries.
-couple: within a separable block the kept entries are one set of flat positions that is a product of index sets
-    on both sides: the least fixpoint of projecting to one side and the other. Inseparable blocks are kept whole.
-rewrite: a reshape to the kept counts; dynamic sizes stay what they were.
+couple: within a separable block the kept entries are one set of flat positions that is a product of index
+    sets on both sides: the least fixpoint of projecting to one side and the other. Others are kept whole.
+rewrite: a reshape to the kept counts; sizes of dynamic axes stay the expressions they were.
+
+Permutations, squeezes and the like are readings (passes/rules/reading.py).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor, fx
 
 from passes.ir.axes import (
     Block,
+    Reading,
     any_over,
     carry,
     flatten_facts,
@@ -31,13 +34,16 @@ from passes.ir.lattice import Facts
 from passes.ir.program import Op
 from passes.ir.rewriter import Rewriter
 from passes.rules.base import Rule, rule
+from passes.rules.reading import Description, ReadingRule, rank_of
 
 aten = torch.ops.aten
 
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
-@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+@rule(*RESHAPES, aten.flatten.using_ints, aten.unflatten.int)
 class View(Rule):
-    """A new shape, given as a list of sizes."""
+    """A new shape for the same entries in the same order."""
 
     def forward(self, op: Op, facts: Sequence[Facts]) -> Facts:
         if not facts[0].any_known:
@@ -57,8 +63,15 @@ class View(Rule):
             couple_block(op, block, keep)
 
     def rewrite(self, op: Op, rewriter: Rewriter) -> fx.Node:
+        x = rewriter.value(op.operands[0])
+        if op.target is aten.flatten.using_ints:
+            return rewriter.copy(op.node)
+        if op.target is aten.unflatten.int:
+            first = op.axis(op.args["dim"], op.operands[0])
+            sizes = new_sizes(op, op.args["sizes"], rewriter, first)
+            return rewriter.call(op.target, (x, first, sizes), like=op.node)
         sizes = new_sizes(op, op.arg("size", "shape"), rewriter)
-        return rewriter.call(aten.reshape.default, (rewriter.value(op.operands[0]), sizes), like=op.node)
+        return rewriter.call(aten.reshape.default, (x, sizes), like=op.node)
 
 
 def blocks_of(op: Op) -> tuple[Block, ...]:
@@ -86,9 +99,71 @@ def couple_block(op: Op, block: Block, keep: KeepSets) -> None:
                 keep.widen(*entry, mask, f"regrouped by {op.node.name}")
 
 
-def new_sizes(op: Op, sizes: Sequence[Any], rewriter: Rewriter) -> list[Any]:
-    """The literal sizes of a result after shrinking; sizes of dynamic axes stay the expressions they were."""
-    mapped = rewriter.map(list(sizes))
+def new_sizes(op: Op, sizes: Sequence[Any], rewriter: Rewriter, first: int = 0) -> list[Any]:
+    """Sizes of the result's axes from `first` on: kept counts; a dynamic axis keeps its entry."""
+    mapped = rewriter.map(sizes)
     return [
-        rewriter.size(op.node, axis) if op.out.is_static(axis) else entry for axis, entry in enumerate(mapped)
+        rewriter.size(op.node, axis) if op.out.is_static(axis) else entry
+        for axis, entry in enumerate(mapped, first)
     ]
+
+
+def _permute(op: Op) -> Reading:
+    return Reading.of_axes([axis % rank_of(op) for axis in op.args["dims"]])
+
+
+def _transpose(op: Op) -> Reading | None:
+    rank = rank_of(op)
+    if rank < 2:
+        return None
+    first, second = (op.args.get(name, default) % rank for name, default in (("dim0", 0), ("dim1", 1)))
+    axes = list(range(rank))
+    axes[first], axes[second] = second, first
+    return Reading.of_axes(axes)
+
+
+def _unsqueeze(op: Op) -> Reading:
+    axes: list[int | None] = list(range(rank_of(op)))
+    axes.insert(op.axis(op.args["dim"]), None)
+    return Reading.of_axes(axes)
+
+
+def _squeeze(op: Op) -> Reading:
+    dropped = _squeezed(op)
+    return Reading.of_axes([axis for axis in range(rank_of(op)) if axis not in dropped], dropped)
+
+
+def _squeezed(op: Op) -> list[int]:
+    info = op.info_of(op.operands[0])
+    asked = op.args.get("dim", range(info.rank))
+    asked = [asked] if isinstance(asked, int) else asked
+    return sorted({axis % info.rank for axis in asked if info.is_static(axis) and info.sizes[axis] == 1})
+
+
+REARRANGEMENTS: dict[object, Description] = {
+    aten.permute.default: _permute,
+    aten.transpose.int: _transpose,
+    aten.t.default: _transpose,
+    aten.unsqueeze.default: _unsqueeze,
+}
+SQUEEZES: dict[object, Description] = dict.fromkeys(
+    (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), _squeeze
+)
+
+
+@rule(*REARRANGEMENTS)
+class Rearrange(ReadingRule):
+    """Axes in another order, or a new axis of size 1."""
+
+    table = REARRANGEMENTS
+
+
+@rule(*SQUEEZES)
+class Squeeze(ReadingRule):
+    """Axes of size 1 dropped; an axis that only shrinks to size 1 must not go with them."""
+
+    table = SQUEEZES
+
+    def rewrite(self, op: Op, rewriter: Rewriter) -> fx.Node:
+        x, dropped = rewriter.value(op.operands[0]), _squeezed(op)
+        return rewriter.call(aten.squeeze.dims, (x, dropped), like=op.node) if dropped else x
