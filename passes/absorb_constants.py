@@ -33,7 +33,7 @@ class AbsorbConstants:
             if node.op == "placeholder":
                 rewriter.placeholder(node)
             elif node.op == "call_function":
-                op = Op(program, node)
+                op = program.op(node)
                 new = _absorbed(op, rewriter, analysis)
                 changed |= new is not None
                 rewriter.env[node] = new or rewriter.copy(node)

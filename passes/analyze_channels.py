@@ -17,4 +17,6 @@ class AnalyzeChannels:
     name: str = "analyze_channels"
 
     def __call__(self, program: Program) -> Result:
+        if program.analysis is not None:
+            return Result(program, False)
         return Result(program.replace(analysis=analyze(program, rule_for)), False)

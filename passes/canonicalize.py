@@ -92,7 +92,7 @@ def rewrite_calls(program: Program) -> Program:
             rewriter.placeholder(node)
         elif node.op == "call_function" and node.target not in DROPPED:
             handler = HANDLERS.get(node.target)
-            result = handler(Op(program, node), rewriter) if handler else None
+            result = handler(program.op(node), rewriter) if handler else None
             rewriter.env[node] = rewriter.copy(node) if result is None else result  # type: ignore[assignment]
     rewriter.output()
     return rewriter.finish()
@@ -174,7 +174,7 @@ def _getitem(op: Op, rewriter: Rewriter) -> fx.Node | None:
         new.meta = dict(op.node.meta)
         return new
     piece = PIECES.get(source.target)
-    return None if piece is None else piece(op, Op(op.program, source), rewriter)
+    return None if piece is None else piece(op, op.program.op(source), rewriter)
 
 
 def _split_piece(op: Op, split: Op, rewriter: Rewriter) -> fx.Node | None:
@@ -201,7 +201,7 @@ def _unbind_piece(op: Op, unbind: Op, rewriter: Rewriter) -> fx.Node:
     )
 
 
-PIECES: dict[Any, Callable[[Op, Op, Rewriter], "fx.Node | None"]] = {
+PIECES: dict[Any, Callable[[Op, Op, Rewriter], fx.Node | None]] = {
     **FIRST_OUTPUTS,
     aten.split.Tensor: _split_piece,
     aten.split_with_sizes.default: _split_piece,
@@ -277,7 +277,7 @@ def _convolution_padding(op: Op, rewriter: Rewriter) -> fx.Node | None:
 
 
 def _identity(neutral: float, commutes: bool) -> Handler:
-    """x op neutral = x, where the other operand is the neutral constant and shape and dtype stay."""
+    """X op neutral = x, where the other operand is the neutral constant and shape and dtype stay."""
 
     def handler(op: Op, rewriter: Rewriter) -> fx.Node | None:
         x, other = op.node.args[0], op.node.args[1]

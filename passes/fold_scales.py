@@ -118,7 +118,7 @@ def affine_step(program: Program, node: fx.Node) -> tuple[fx.Node, Affine] | Non
     info = program.infos.get(node)
     if node.op != "call_function" or read is None or info is None or not info.dtype.is_floating_point:
         return None
-    found = read(Op(program, node))
+    found = read(program.op(node))
     if found is None:
         return None
     x, scale, shift = found
@@ -241,7 +241,7 @@ def _merge(program: Program, base: fx.Node, chain: list[fx.Node], joint: Affine,
 def _contraction(program: Program, node: fx.Node) -> Contraction | None:
     if node.target is not LINEAR and node.target not in CONVOLUTIONS:
         return None
-    op = Op(program, node)
+    op = program.op(node)
     held = op.args["bias"]
     if op.info is None or op.constant("weight") is None or (held is not None and op.constant("bias") is None):
         return None
@@ -257,7 +257,7 @@ def _pull(program: Program, node: fx.Node, joint: Affine) -> list[tuple[fx.Node,
             return path if joint.axis in (None, found.axis) else None
         if node.op != "call_function" or program.infos.get(node) is None:
             return None
-        operand, before = _through(Op(program, node), joint, backward=True)
+        operand, before = _through(program.op(node), joint, backward=True)
         if before is None or operand is None:
             return None
         node, joint = operand, before
@@ -279,7 +279,7 @@ def _push(program: Program, node: fx.Node, joint: Affine) -> tuple[dict[fx.Node,
             continue
         if user.op != "call_function" or program.infos.get(user) is None:
             return None
-        operand, after = _through(Op(program, user), joint, backward=False)
+        operand, after = _through(program.op(user), joint, backward=False)
         further = _push(program, user, after) if after is not None and operand is node else None
         if further is None:
             return None

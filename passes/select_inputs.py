@@ -17,9 +17,9 @@ from torch import Tensor, fx
 from passes.ir.analysis import Analysis
 from passes.ir.cost import CostModel, CountingModel
 from passes.ir.errors import PassError
-from passes.ir.lattice import all_over_others, any_over_others
+from passes.ir.lattice import all_over_others
 from passes.ir.pipeline import Note, Result
-from passes.ir.program import Op, Program
+from passes.ir.program import Program
 from passes.ir.rewriter import Rewriter
 from passes.rules import rule_for
 from passes.rules.contraction import LINEAR, Contraction, ContractionRule, is_uniform
@@ -58,11 +58,11 @@ class SelectInputs:
         """(the layer, the inputs it needs, what the others add to its bias) where a gather pays."""
         if node.target is not LINEAR or node not in program.infos:
             return None
-        op = Op(program, node)
+        op = program.op(node)
         if not isinstance(rule_for(op), ContractionRule):
             return None
         this, facts = Contraction(op), analysis.facts[op.operands[0].name]
-        read = this.columns().any(0)
+        read = this.columns.any(0)
         unneeded = ~read
         known = all_over_others(facts.known, this.axis, this.in_channels) & read
         extra = torch.zeros(this.out_channels, dtype=this.weight.dtype)

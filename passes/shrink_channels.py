@@ -13,7 +13,7 @@ from torch import fx
 from passes.ir.analysis import Analysis, is_constant
 from passes.ir.errors import PassError
 from passes.ir.pipeline import Result
-from passes.ir.program import Op, Program
+from passes.ir.program import Program
 from passes.ir.rewriter import Rewriter
 from passes.rules import rule_for
 
@@ -63,5 +63,5 @@ def _emit(program: Program, analysis: Analysis, rewriter: Rewriter, node: fx.Nod
         return
     if is_constant(program, node, analysis.facts) or analysis.keep.is_empty(node):
         return
-    op = Op(program, node)
+    op = program.op(node)
     rewriter.env[node] = rule_for(op).rewrite(op, rewriter)

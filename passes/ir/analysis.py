@@ -60,7 +60,7 @@ LARGEST_CONSTANT = 1 << 26
 
 def analyze(program: Program, rule_for: RuleTable) -> Analysis:
     """Run both sweeps and solve the keep sets."""
-    ops = {node: Op(program, node) for node in program.calls()}
+    ops = {node: program.op(node) for node in program.calls()}
     facts = forward(program, ops, rule_for)
     demand = backward(program, ops, facts, rule_for)
     return Analysis(facts, demand, solve(program, ops, facts, demand, rule_for))

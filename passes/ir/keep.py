@@ -66,9 +66,18 @@ class KeepSets:
             self.changed = True
 
     def tie(self, first: tuple[fx.Node, int], second: tuple[fx.Node, int], why: str = "") -> None:
-        """Make two axes of equal size keep the same indices."""
-        self.widen(*first, self.get(*second), why)
-        self.widen(*second, self.get(*first), why)
+        """Make two axes of equal size keep the same indices; each passes its reasons on, `why` where it has none."""
+        self._follow(first, second, why)
+        self._follow(second, first, why)
+
+    def _follow(self, follower: tuple[fx.Node, int], leader: tuple[fx.Node, int], why: str) -> None:
+        held = self._sets.get((follower[0].name, follower[1]))
+        wanted = self.get(*leader)
+        if held is None or not bool((wanted & ~held).any()):
+            return
+        for reason, mask in self._reasons.get((leader[0].name, leader[1]), []):
+            self.widen(*follower, mask, reason)
+        self.widen(*follower, wanted, why)
 
     def fill(self, node: fx.Node, why: str, axes: tuple[int, ...] | None = None) -> None:
         """Keep everything along the given axes (all by default)."""

@@ -41,8 +41,8 @@ class Facts:
 
     def finite(self) -> Facts:
         """Forget the entries whose value is infinite or NaN."""
-        if not self.value.is_floating_point() or bool(torch.isfinite(self.value).all()):
-            return self
+        if not self.value.is_floating_point() or bool(torch.isfinite(self.value.sum())):
+            return self  # a sum is finite only if every term is
         finite = torch.isfinite(self.value)
         return Facts(torch.where(finite, self.value, 0.0), self.known & finite)
 

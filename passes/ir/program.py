@@ -122,6 +122,16 @@ class Program:
                 found[node] = TensorInfo(tuple(value.shape), tuple(other.shape), value.dtype)
         return found
 
+    def op(self, node: fx.Node) -> Op:
+        """The rule's view of a call, made once for each Program."""
+        if node not in self._ops:
+            self._ops[node] = Op(self, node)
+        return self._ops[node]
+
+    @cached_property
+    def _ops(self) -> dict[fx.Node, Op]:
+        return {}
+
     def lint(self) -> None:
         """Raise LintError where the graph or the interface broke an invariant."""
         self.graph.lint()
@@ -171,13 +181,17 @@ def _call_on_meta(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
 
 
 class Op:
-    """A call seen by a rule: arguments by name, tensor operands in order, sizes."""
+    """A call seen by a rule: arguments by name, tensor operands in order, sizes.
+
+    `cache` is the rule's own memory for what it derives from the call and its facts; an Op lives as long as its Program.
+    """
 
     def __init__(self, program: Program, node: fx.Node) -> None:
         self.program = program
         self.node = node
         self.target = node.target
         self.info = program.infos.get(node)
+        self.cache: dict[str, Any] = {}
         self.operands = tuple(
             operand for operand in _flat_nodes((node.args, dict(node.kwargs))) if operand in program.infos
         )

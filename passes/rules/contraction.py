@@ -17,7 +17,8 @@ Absorption, for kept rows J and removed known channels R of x: K = conv(x_R) res
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +40,24 @@ LINEAR = aten.linear.default
 
 @dataclass(frozen=True, eq=False)
 class Absorption:
-    """Where the constants of removed channels go: which channels stay as a basis, and the new weights."""
+    """Where the constants of removed channels go: into the bias of `rows`, or into the columns of a kept basis.
 
-    basis: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    constant: (rows,), what they add at every position; basis: channels of x that stay, with coefficients (removed,
+    basis) that express the removed ones, or None.
+    """
+
+    rows: Tensor
+    constant: Tensor
+    basis: Tensor | None = None
+    coefficients: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+def describe(op: Op) -> Contraction:
+    """The call's description, made once for each Op."""
+    if "contraction" not in op.cache:
+        op.cache["contraction"] = Contraction(op)
+    found: Contraction = op.cache["contraction"]
+    return found
 
 
 class Contraction:
@@ -65,9 +79,19 @@ class Contraction:
         self.out_channels, self.in_per_group = weight.shape[:2]
         self.in_channels = self.info.sizes[self.axis]
 
+    @cached_property
     def columns(self) -> Tensor:
         """Whether row j reads input channel c with a weight that is not zero; bool (out, in / groups)."""
-        return (self.weight != 0).flatten(2).any(2) if self.spatial_rank else self.weight != 0
+        if not self.spatial_rank:
+            return self.weight != 0
+        taps = self.weight.flatten(2)
+        first = taps[:, :, 0] != 0
+        return first if bool(first.all()) else (taps != 0).any(2)
+
+    @cached_property
+    def full_rows(self) -> bool:
+        """Whether every row has a weight that is not zero."""
+        return bool(self.columns.any(1).all())
 
     def per_spatial(self, name: str) -> tuple[int, ...]:
         values = self.op.args[name]
@@ -91,18 +115,29 @@ class Contraction:
             for pad, axis in zip(self.per_spatial("padding"), self.spatial, strict=True)
         )
 
-    def spread(self, stored: Tensor) -> Tensor:
-        """Stored values at sizes on which the op shows every border effect (dynamic axes: one window)."""
+    def spread(self, stored: Tensor, every_position: bool = True) -> Tensor:
+        """Stored values at the size of x (dynamic axes: one window).
+
+        Without `every_position` a flat axis is cut short, by whole strides, to a size with the same border effects.
+        """
         sizes = list(stored.shape)
         for position, axis in enumerate(self.spatial):
             window = self.per_spatial("dilation")[position] * (self.weight.shape[2 + position] - 1) + 1
-            sizes[axis] = self.info.sizes[axis] if self.info.is_static(axis) else window
+            size = self.info.sizes[axis] if self.info.is_static(axis) else window
+            if not every_position and stored.shape[axis] == 1:
+                stride, padding = self.per_spatial("stride")[position], self.per_spatial("padding")[position]
+                spare = (size - 2 * (window + padding) - stride) // stride
+                size -= stride * max(0, spare)
+            sizes[axis] = size
         return stored.expand(sizes)
 
-    def contribution(self, values: Tensor, channels: Tensor, rows: Tensor) -> Tensor | None:
-        """conv of stored x values on some channels, for some rows, without bias; None where it cannot be laid out.
+    def contribution(
+        self, values: Tensor, channels: Tensor, rows: Tensor, every_position: bool = True
+    ) -> Tensor | None:
+        """Conv of stored x values on some channels, for some rows, without bias; None where it cannot be laid out.
 
-        Shape: stored form of y restricted to `rows` along the channel axis. Groups must be 1.
+        Shape: stored form of y restricted to `rows` along the channel axis; without `every_position` with fewer
+        positions, among them the first and one of each kind. Groups must be 1.
         """
         values = values.expand([*values.shape[: self.axis], self.in_channels, *values.shape[self.axis + 1 :]])
         part = values.index_select(self.axis, channels)
@@ -116,7 +151,7 @@ class Contraction:
             )
         if self.has_dynamic_border():
             return None
-        return self.run(self.spread(part), weight)
+        return self.run(self.spread(part, every_position), weight)
 
     def _nothing(self, rows: Tensor) -> Tensor:
         shape = [1] * self.info.rank
@@ -143,9 +178,9 @@ class ContractionRule(Rule):
         return op.constant("weight") is not None and (bias is None or op.constant("bias") is not None)
 
     def forward(self, op: Op, facts: Sequence[Facts]) -> Facts:
-        if not facts[0].any_known and bool((op.constant("weight") != 0).flatten(1).any(1).all()):
+        this = describe(op)
+        if not facts[0].any_known and this.full_rows:
             return Facts.unknown(op.out)
-        this = Contraction(op)
         rows = (~_reached(this, facts[0])).nonzero().flatten()
         if rows.numel() == 0:
             return Facts.unknown(op.out)
@@ -153,9 +188,9 @@ class ContractionRule(Rule):
         return Facts.unknown(op.out) if part is None else _scattered(this, part, rows)
 
     def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
-        this = Contraction(op)
+        this = describe(op)
         rows = any_over_others(demand, this.axis, this.out_channels)
-        live = (this.columns() & rows[:, None]).view(this.groups, -1, this.in_per_group).any(1).flatten()
+        live = (this.columns & rows[:, None]).view(this.groups, -1, this.in_per_group).any(1).flatten()
         others = demand.any(dim=this.axis, keepdim=True)
         for axis in this.spatial:
             others = others.any(dim=axis, keepdim=True)
@@ -163,7 +198,7 @@ class ContractionRule(Rule):
         return [mask, *(full_mask(op.info_of(operand), True) for operand in op.operands[1:])]
 
     def couple(self, op: Op, keep: KeepSets, facts: Sequence[Facts]) -> None:
-        this = Contraction(op)
+        this = describe(op)
         for axis in this.leading:
             if this.info.is_static(axis):
                 keep.tie((this.x, axis), (op.node, axis), f"aligned by {op.node.name}")
@@ -177,12 +212,14 @@ class ContractionRule(Rule):
             first = torch.zeros_like(kept)
             first[0] = True
             keep.widen(this.x, this.axis, first, f"{op.node.name} reads at least one channel")
-        plan = absorption(this, facts[0], keep)
-        if plan is not None and bool(plan.basis.any()):
-            keep.widen(this.x, this.axis, plan.basis, f"stands for the constants that {op.node.name} reads")
+        channels = _removed_constants(this, facts[0], keep) if facts[0].any_known else None
+        found = None if channels is None else _absorb_into(this, facts[0], keep, channels)
+        if found is not None and found.basis is not None:
+            stay = torch.zeros_like(kept).index_fill(0, found.basis, True)
+            keep.widen(this.x, this.axis, stay, f"stands for the constants that {op.node.name} reads")
 
     def rewrite(self, op: Op, rewriter: Rewriter) -> fx.Node:
-        this = Contraction(op)
+        this = describe(op)
         rows, columns = rewriter.index(op.node, this.axis), rewriter.index(this.x, this.axis)
         groups = this.groups
         if groups > 1 and columns is not None:
@@ -195,9 +232,9 @@ class ContractionRule(Rule):
 
     def absorb(self, op: Op, rewriter: Rewriter, facts: Sequence[Facts], keep: KeepSets) -> fx.Node | None:
         """The same call at full width with the removed channels' constants absorbed; None if there is nothing to do."""
-        this = Contraction(op)
+        this = describe(op)
         plan = absorption(this, facts[0], keep) if this.groups == 1 else None
-        return None if plan is None else emit(this, rewriter, plan.weight, plan.bias, 1)
+        return None if plan is None else emit(this, rewriter, *plan, 1)
 
 
 def emit(this: Contraction, rewriter: Rewriter, weight: Tensor, bias: Tensor | None, groups: int) -> fx.Node:
@@ -216,31 +253,65 @@ def emit(this: Contraction, rewriter: Rewriter, weight: Tensor, bias: Tensor | N
     return rewriter.call(node.target, args, like=node)
 
 
-def absorption(this: Contraction, facts: Facts, keep: KeepSets) -> Absorption | None:
-    """How the constants of x's removed channels enter the kept rows; None where there are none to absorb."""
-    kept = keep.get(this.x, this.axis)
-    rows = keep.get(this.op.node, this.axis)
-    known = all_over_others(facts.known, this.axis, this.in_channels)
-    nonzero = any_over_others(facts.known_value != 0, this.axis, this.in_channels)
-    read = (this.columns() & rows[:, None]).any(0)
-    removed = known & nonzero & read & ~kept
-    if not bool(removed.any()):
+def absorption(this: Contraction, facts: Facts, keep: KeepSets) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias with the constants of x's removed channels absorbed; None where there are none."""
+    channels = _removed_constants(this, facts, keep)
+    if channels is None:
         return None
+    found = _absorb_into(this, facts, keep, channels)
     weight = this.weight.clone()
     bias = torch.zeros(this.out_channels, dtype=weight.dtype) if this.bias is None else this.bias.clone()
-    _fix_known_rows(this, facts, weight, bias)
-    this_rows = (rows & (weight != 0).flatten(1).any(1)).nonzero().flatten()
-    channels = removed.nonzero().flatten()
-    basis = torch.zeros_like(kept)
-    total = this.contribution(facts.known_value, channels, this_rows)
-    if total is not None and is_uniform(total, this.axis):
-        bias[this_rows] += _first(total, this.axis)
+    known, constants = _flat_rows(this, facts)
+    weight[known], bias[known] = 0.0, constants
+    if found.basis is None:
+        bias[found.rows] += found.constant
         weight[:, channels] = 0.0
     else:
-        basis, coefficients = express(_maps(this, facts), channels, (known & kept & nonzero).nonzero().flatten())
-        weight = _combine(weight, basis, coefficients, channels)
-        basis = torch.zeros_like(kept).index_fill(0, basis, True)
-    return Absorption(basis, weight, bias if this.bias is not None or bool((bias != 0).any()) else None)
+        weight = _combine(weight, found.basis, found.coefficients, channels)
+    return weight, bias if this.bias is not None or bool((bias != 0).any()) else None
+
+
+def _removed_constants(this: Contraction, facts: Facts, keep: KeepSets) -> Tensor | None:
+    """The removed channels of x whose non-zero constants the kept rows read; None if there are none."""
+    kept = keep.get(this.x, this.axis)
+    if bool(kept.all()):
+        return None
+    known = all_over_others(facts.known, this.axis, this.in_channels)
+    nonzero = any_over_others(facts.known_value != 0, this.axis, this.in_channels)
+    candidates = known & nonzero & ~kept
+    if not bool(candidates.any()):
+        return None
+    removed = candidates & (this.columns & keep.get(this.op.node, this.axis)[:, None]).any(0)
+    return removed.nonzero().flatten() if bool(removed.any()) else None
+
+
+def _absorb_into(this: Contraction, facts: Facts, keep: KeepSets, channels: Tensor) -> Absorption:
+    """Where the constants of the removed `channels` go; remembered for the last keep sets asked about."""
+    rows = keep.get(this.op.node, this.axis)
+    kept = keep.get(this.x, this.axis)
+    key = (channels.numpy().tobytes(), rows.numpy().tobytes(), kept.numpy().tobytes())
+    held = this.op.cache.get("absorption")
+    if held is not None and held[0] == key:
+        remembered: Absorption = held[1]
+        return remembered
+    found = _find_absorption(this, facts, channels, rows, kept)
+    this.op.cache["absorption"] = (key, found)
+    return found
+
+
+def _find_absorption(
+    this: Contraction, facts: Facts, channels: Tensor, rows: Tensor, kept: Tensor
+) -> Absorption:
+    reading = rows & this.columns.any(1)
+    reading[_flat_rows(this, facts)[0]] = False
+    indices = reading.nonzero().flatten()
+    total = this.contribution(facts.known_value, channels, indices, every_position=False)
+    if total is not None and is_uniform(total, this.axis):
+        return Absorption(indices, _first(total, this.axis))
+    known = all_over_others(facts.known, this.axis, this.in_channels)
+    nonzero = any_over_others(facts.known_value != 0, this.axis, this.in_channels)
+    available = (known & kept & nonzero).nonzero().flatten()
+    return Absorption(indices, torch.zeros(0), *express(_maps(this, facts), channels, available))
 
 
 def _combine(weight: Tensor, basis: Tensor, coefficients: Tensor, channels: Tensor) -> Tensor:
@@ -270,23 +341,26 @@ def _first(stored: Tensor, axis: int) -> Tensor:
     return torch.movedim(stored, axis, 0).flatten(1)[:, 0]
 
 
-def _fix_known_rows(this: Contraction, facts: Facts, weight: Tensor, bias: Tensor) -> None:
-    """Rows that are known and flat: no weights, the constant as bias (in place)."""
-    rows = (~_reached(this, facts)).nonzero().flatten()
-    part = _known_rows(this, facts, rows) if rows.numel() else None
-    if part is None:
-        return
-    flat = torch.movedim(part, this.axis, 0).flatten(1)
-    uniform = (flat == flat[:, :1]).all(1)
-    weight[rows[uniform]] = 0.0
-    bias[rows[uniform]] = flat[uniform, 0]
+def _flat_rows(this: Contraction, facts: Facts) -> tuple[Tensor, Tensor]:
+    """(rows of y that are known and the same at all positions, their values)."""
+    if "flat_rows" not in this.op.cache:
+        rows = (~_reached(this, facts)).nonzero().flatten()
+        part = _known_rows(this, facts, rows) if rows.numel() else None
+        if part is None:
+            this.op.cache["flat_rows"] = rows[:0], torch.zeros(0, dtype=this.weight.dtype)
+        else:
+            flat = torch.movedim(part, this.axis, 0).flatten(1)
+            uniform = (flat == flat[:, :1]).all(1)
+            this.op.cache["flat_rows"] = rows[uniform], flat[uniform, 0]
+    found: tuple[Tensor, Tensor] = this.op.cache["flat_rows"]
+    return found
 
 
 def _reached(this: Contraction, facts: Facts) -> Tensor:
     """Rows of y that read an unknown entry with a weight that is not zero; (out,)."""
     unknown = ~all_over_others(facts.known, this.axis, this.in_channels)
     per_group = unknown.view(this.groups, 1, this.in_per_group)
-    return (this.columns().view(this.groups, -1, this.in_per_group) & per_group).any(2).flatten()
+    return (this.columns.view(this.groups, -1, this.in_per_group) & per_group).any(2).flatten()
 
 
 def _known_rows(this: Contraction, facts: Facts, rows: Tensor) -> Tensor | None:
@@ -295,7 +369,7 @@ def _known_rows(this: Contraction, facts: Facts, rows: Tensor) -> Tensor | None:
     if this.groups > 1:
         part = _grouped_rows(this, value, rows)
     else:
-        read = this.columns()[rows].any(0)
+        read = this.columns[rows].any(0)
         nonzero = any_over_others(value != 0, this.axis, this.in_channels)
         part = this.contribution(value, (read & nonzero).nonzero().flatten(), rows)
     if part is None or this.bias is None:
@@ -341,11 +415,7 @@ def _check_absorbed(this: Contraction, rewriter: Rewriter) -> None:
     if rewriter.analysis is None:
         return
     facts = rewriter.analysis.facts[this.x.name]
-    keep = rewriter.analysis.keep
-    nonzero = any_over_others(facts.known_value != 0, this.axis, this.in_channels)
-    known = all_over_others(facts.known, this.axis, this.in_channels)
-    read = (this.columns() & keep.get(this.op.node, this.axis)[:, None]).any(0)
-    if bool((known & nonzero & read & ~keep.get(this.x, this.axis)).any()):
+    if facts.any_known and _removed_constants(this, facts, rewriter.analysis.keep) is not None:
         raise PassError(
             f"{this.op.node.name}: constants of removed channels were not absorbed; run absorb_constants first"
         )
