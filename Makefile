@@ -2,13 +2,12 @@
 #   make demo       compile the bundled trained LeNet-5 and time it before and after
 #   make test       lint, types and the tests
 #   make test-slow  the tests that are left out of `make test`
-#   make fuzz       random networks, FUZZ_EXAMPLES of them
+#   make fuzz       random networks, FUZZ_GRAPHS of them from FUZZ_SEED on
 #   make clean      remove what the targets made, the environment included
 
 VENV ?= .venv
-# The CPU build of torch: a tenth of the size of the default one on Linux. Empty for the default.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-FUZZ_EXAMPLES ?= 2000
+FUZZ_GRAPHS ?= 2000
+FUZZ_SEED ?= 0
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
@@ -28,7 +27,7 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 fuzz: $(READY)
-	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py
+	$(BIN)/python tools/fuzz.py --graphs $(FUZZ_GRAPHS) --seed $(FUZZ_SEED)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -51,7 +50,5 @@ $(BIN)/python:
 	exit 1
 
 $(READY): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --retries 1 --no-deps -c constraints.txt \
-	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
