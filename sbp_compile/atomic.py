@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,10 +27,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     temporary = _create_beside(target)
     try:
-        yield temporary
-        _publish(temporary, target)
-    except OSError as error:
-        raise OutputError(f"cannot write {str(target)!r}: {_reason(error)}") from error
+        with _system_errors(target):
+            yield temporary
+            _publish(temporary, target)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -41,6 +42,27 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         yield file
 
 
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield `path`'s name in a temporary folder beside it, for a file that refers to others next to it.
+
+    If the block ends well, the files named `<name>` and `<name>.*` there get their places, `path` itself
+    last; each of them appears whole or not at all. The folder goes in any case. Errors as in `atomic_path`.
+    """
+    target = Path(path)
+    _refuse_unless_writable(target)
+    with _system_errors(target):
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.stem[:32]}-", dir=target.parent))
+    try:
+        with _system_errors(target):
+            yield folder / target.name
+            for companion in sorted(folder.glob(f"{glob.escape(target.name)}.*")):
+                _publish(companion, target.with_name(companion.name))
+            _publish(folder / target.name, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Write `content` (text as UTF-8) to `path` in one step; see `atomic_path` for the errors."""
     data = content.encode() if isinstance(content, str) else content
@@ -50,20 +72,30 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
 
 def _create_beside(target: Path) -> Path:
     """Create the temporary file in the target's folder: a rename is atomic only within one file system."""
+    _refuse_unless_writable(target)
+    with _system_errors(target):
+        handle, name = tempfile.mkstemp(
+            prefix=f".{target.stem[:32]}-", suffix=target.suffix, dir=target.parent
+        )
+    os.close(handle)
+    return Path(name)
+
+
+def _refuse_unless_writable(target: Path) -> None:
     if target.is_dir():
         raise OutputError(f"cannot write {str(target)!r}: it is a directory; give a file name")
     if not target.parent.is_dir():
         raise OutputError(
             f"cannot write {str(target)!r}: there is no folder {str(target.parent)!r}; create it first"
         )
+
+
+@contextmanager
+def _system_errors(target: Path) -> Iterator[None]:
     try:
-        handle, name = tempfile.mkstemp(
-            prefix=f".{target.stem[:32]}-", suffix=target.suffix, dir=target.parent
-        )
+        yield
     except OSError as error:
         raise OutputError(f"cannot write {str(target)!r}: {_reason(error)}") from error
-    os.close(handle)
-    return Path(name)
 
 
 def _publish(temporary: Path, target: Path) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.markup import escape
 
 from sbp_compile.errors import CompileError, OutputError, UsageError
 
@@ -53,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options and their texts."""
+    """Return the parser: the options and their texts."""
     parser = _Parser(
         prog="python -m sbp_compile",
         description=DESCRIPTION,
@@ -70,12 +74,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     proof.add_argument("--no-verify", action="store_true", help="write without comparing (not recommended)")
     timing = parser.add_argument_group("timing")
-    timing.add_argument("--time", action="store_true", help="time the plain dense network against the small one")
-    timing.add_argument("--batch", type=_numbers, default=(1,), metavar="N[,N]", help="batch sizes to time (1)")
+    timing.add_argument(
+        "--time", action="store_true", help="time the plain dense network against the small one"
+    )
+    timing.add_argument(
+        "--batch", type=_numbers, default=(1,), metavar="N[,N]", help="batch sizes to time (1)"
+    )
     timing.add_argument("--threads", type=_number, default=1, metavar="N", help="threads to time with (1)")
     output = parser.add_argument_group("report")
     output.add_argument("--json", type=Path, metavar="FILE", help="write the report for machines")
     output.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    output.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     return parser
 
@@ -93,19 +102,26 @@ def main(arguments: Sequence[str]) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", 130)
+    except Exception as error:
+        if "--traceback" in arguments:
+            raise
+        kind = f"{type(error).__name__}: {error}"
+        return _fail(f"{kind} (a bug of the compiler: please report it, with what --traceback shows)", 1)
     return 0
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"sbp_compile: error: {' '.join(message.split())}", file=sys.stderr)
+    """Print one line; only the lines to paste that a message ends with stay lines."""
+    first, *more = message.splitlines() or [""]
+    pasted = [line for line in more if line.startswith("    ")]
+    head = " ".join([first, *(line for line in more if line not in pasted)])
+    print("\n".join([f"sbp_compile: error: {' '.join(head.split())}", *pasted]), file=sys.stderr)
     return code
 
 
 def run(options: argparse.Namespace) -> None:
-    """One compilation from file to file."""
-    _check_output(options.output)
-    if options.json is not None:
-        _check_output(options.json)
+    """Compile from file to file."""
+    _check(options)
     from rich.console import Console
 
     console = Console(quiet=options.quiet)
@@ -115,16 +131,31 @@ def run(options: argparse.Namespace) -> None:
     if options.json is not None:
         from sbp_compile.atomic import write_atomically
 
-        content = {**compiled.report.to_dict(), "timings": timings}
+        content = {**compiled.metadata(), **compiled.report.to_dict(), "timings": timings}
         write_atomically(options.json, json.dumps(content, indent=2) + "\n")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse before any work what cannot end well."""
+    from sbp_compile.compiler import SUFFIXES
+
+    if options.output.suffix not in SUFFIXES:
+        raise UsageError(f"output {options.output.name!r} must end in {' or '.join(SUFFIXES)}")
+    if options.time and options.output.suffix != ".onnx":
+        raise UsageError(f"--time needs an .onnx output, not {options.output.name!r}")
+    written = [options.output] if options.json is None else [options.output, options.json]
+    for path in written:
+        _check_output(path)
+        if path.resolve() == options.model.resolve():
+            raise UsageError(f"{str(path)!r} is the model itself; give the output another name")
+    if len({path.resolve() for path in written}) < len(written):
+        raise UsageError(f"--json {str(options.json)!r} is the output itself; give it another name")
 
 
 def _compile(options: argparse.Namespace, console: Console) -> Compiled:
     from sbp_compile.capture.model_file import load_model
-    from sbp_compile.compiler import SUFFIXES, compile_file
+    from sbp_compile.compiler import compile_file
 
-    if options.output.suffix not in SUFFIXES:
-        raise UsageError(f"output {options.output.name!r} must end in {' or '.join(SUFFIXES)}")
     with console.status("reading the model") as status:
         model = load_model(options.model)
         status.update("compiling")
@@ -132,7 +163,7 @@ def _compile(options: argparse.Namespace, console: Console) -> Compiled:
         status.update("writing and verifying")
         compiled.save(options.output)
     console.print(compiled.report)
-    console.print(f"[bold]{options.output}[/bold]: {_proof(compiled)}", highlight=False)
+    console.print(f"[bold]{escape(str(options.output))}[/bold]: {_proof(compiled)}", highlight=False)
     return compiled
 
 
@@ -140,37 +171,38 @@ def _proof(compiled: Compiled) -> str:
     proof = compiled.report.verification
     if proof is None:
         return "written without verification"
-    text = f"same function: error {proof.float64_error:.1e} in float64"
-    if proof.onnx_error is not None:
-        runtime = " and ".join(name.removesuffix("ExecutionProvider") for name in proof.providers)
-        text += f", {proof.onnx_error:.1e} in onnxruntime on {runtime} (tolerance {proof.onnx_tolerance:.0e})"
-    return f"{text}, on {proof.examples} examples"
+    runtimes = " and ".join(name.removesuffix("ExecutionProvider") for name in proof.runtimes)
+    return (
+        f"same function: error {proof.float64_error:.1e} in float64, {proof.file_error:.1e} as written "
+        f"(run by {runtimes}; tolerance {proof.file_tolerance:.0e}), on {proof.examples} examples"
+    )
 
 
 def _time(options: argparse.Namespace, compiled: Compiled, console: Console) -> list[dict[str, Any]]:
+    """Time both networks as files: models beyond 2 GB cannot be handed over as bytes."""
     from sbp_compile.timing import compare, progress_bar
 
-    if options.output.suffix != ".onnx":
-        raise UsageError(f"--time needs an .onnx output, not {options.output.name!r}")
-    models = {"dense": compiled.onnx_bytes(compiled.dense), "small": compiled.onnx_bytes()}
     found = []
-    for batch in options.batch:
-        with progress_bar(console) as progress:
-            comparison = compare(models, batch=batch, threads=options.threads, progress=progress)
-        console.print(comparison)
-        found.append(comparison.to_json())
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"dense": Path(folder) / "dense.onnx", "small": options.output}
+        compiled.write_onnx(files["dense"], compiled.dense)
+        for batch in options.batch:
+            with progress_bar(console) as progress:
+                comparison = compare(files, batch=batch, threads=options.threads, progress=progress)
+            console.print(comparison)
+            found.append(comparison.to_json())
     return found
 
 
 def _check_output(path: Path) -> None:
-    """Refuse early what would fail late: a missing folder, a directory, an unwritable place."""
-    import os
-
+    """Refuse a missing folder, a directory, an unwritable place."""
     folder = path.parent
     if path.is_dir():
         raise OutputError(f"cannot write {str(path)!r}: it is a directory; give a file name")
     if not folder.is_dir():
-        raise OutputError(f"cannot write {str(path)!r}: folder {str(folder)!r} does not exist; create it first")
+        raise OutputError(
+            f"cannot write {str(path)!r}: folder {str(folder)!r} does not exist; create it first"
+        )
     if not os.access(folder, os.W_OK):
         raise OutputError(f"cannot write {str(path)!r}: no permission to write in {str(folder)!r}")
 

@@ -33,4 +33,14 @@ def is_deterministic(target: object) -> bool:
     return not random and not target._schema.is_mutable
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether a call draws random numbers: what torch tags so, unless it is told not to (dropout in eval mode)."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    bound = bind(node)
+    if bound.get("train", bound.get("training", True)) is False:
+        return False
+    return bool(bound.get("dropout_p", bound.get("dropout", 1.0)))
+
+
 _RANDOM = frozenset(f"aten::{name}" for name in ("empty", "empty_like", "new_empty", "empty_strided"))

@@ -69,16 +69,27 @@ def save_model(
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     if not isinstance(args, tuple):
         raise InputError(f"example_inputs (={type(args).__name__}) must be a tensor or a tuple of arguments")
-    inputs = pack_inputs(args, dict(kwargs or {}))
+    pack_inputs(args, dict(kwargs or {}))  # refuse what cannot be saved before the work of a capture
     program = export_module(module, args, kwargs, dynamic_batch=dynamic_batch)
+    save_program(program, args, dict(kwargs or {}), path, name=type(module).__name__)
+
+
+def save_program(
+    program: ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    name: str = "the program",
+) -> None:
+    """Write an exported program with example inputs to a model file; errors as in `save_model`."""
+    inputs = pack_inputs(args, kwargs)
     try:
         archive = _serialise(program)
         with atomic_file(path) as file:
             write_archive(_records(archive, inputs, _namespaces(program)), file)
     except ModelFileError as error:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} cannot be stored without pickle: {error}"
-        ) from error
+        raise UnsupportedModelError(f"{name} cannot be stored without pickle: {error}") from error
 
 
 def load_model(path: str | os.PathLike[str], *, namespaces: Collection[str] = ()) -> LoadedModel:

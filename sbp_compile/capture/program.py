@@ -1,4 +1,4 @@
-"""ExportedProgram to Program: constants to float64, dtype literals with them, inputs with two example shapes."""
+"""ExportedProgram to Program: constants and dtype literals to float64, inputs with two example shapes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
+from passes.ir import schema
 from passes.ir.program import Input, Origin, Program
 from sbp_compile.capture.export import quiet_export
 from sbp_compile.errors import UnsupportedModelError
+
+aten = torch.ops.aten
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def program_from_export(exported: ExportedProgram) -> Program:
-    """The Program of an exported program (in the ATen dialect that `run_decompositions({})` leaves).
+    """Return the Program of an exported program, in the ATen dialect that `run_decompositions({})` leaves.
 
-    Raises UnsupportedModelError where the graph mutates buffers or inputs.
+    Raises UnsupportedModelError where the graph mutates buffers or inputs, branches on data, draws random
+    numbers, or computes with values that are not finite: NaN anywhere, infinity in a parameter. (An infinite
+    buffer is what an attention mask looks like.)
     """
     with quiet_export():
         exported = exported.run_decompositions({})
@@ -49,10 +54,74 @@ def program_from_export(exported: ExportedProgram) -> Program:
         elif node.op == "call_function":
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
             args, kwargs = _widened_literals(args), _widened_literals(kwargs)
-            env[node] = graph.create_node("call_function", node.target, args, kwargs, name=node.name)
-            env[node].meta = _meta(node)
+            env[node] = _call(graph, node, args, kwargs)
     graph.create_node("output", "output", (tuple(_results(exported, env)),), {}, name="output")
+    _refuse_broken_values(graph, constants, parameters=set(exported.graph_signature.parameters))
     return Program(graph, constants, dtypes, tuple(inputs))
+
+
+def _call(graph: fx.Graph, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> fx.Node:
+    """Copy a call to the new graph; a result that torch's default dtype decides on is cast to float64.
+
+    Such are `ones(2)`, or a quotient of integers: nothing among the arguments would make it float64.
+    """
+    if schema.is_random(node):
+        raise UnsupportedModelError(
+            f"{node.name} ({node.target}) draws random numbers in eval mode, so there is no one function to "
+            "compile; take it out of the model's forward or pass its result as an input"
+        )
+    made = _takes_default_dtype(node)
+    call = graph.create_node(
+        "call_function", node.target, args, kwargs, name=f"{node.name}_made" if made else node.name
+    )
+    if made:
+        call = graph.create_node(
+            "call_function", aten._to_copy.default, (call,), {"dtype": torch.float64}, name=node.name
+        )
+    call.meta = _meta(node)
+    return call
+
+
+def _takes_default_dtype(node: fx.Node) -> bool:
+    values = [operand.meta.get("val") for operand in node.all_input_nodes]
+    literals = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, torch.dtype)]
+    result = node.meta.get("val")
+    return (
+        isinstance(result, Tensor)
+        and result.is_floating_point()
+        and not any(_is_floating(value) for value in values)
+        and not any(value.is_floating_point for value in literals)
+    )
+
+
+def _refuse_broken_values(graph: fx.Graph, constants: dict[str, Tensor], parameters: set[str]) -> None:
+    for name in _read(graph):
+        value = constants[name]
+        bad = ~torch.isfinite(value) if name in parameters else torch.isnan(value)
+        number = int(bad.sum())
+        if number:
+            kind = "NaN or infinite" if name in parameters else "NaN"
+            raise UnsupportedModelError(
+                f"parameter or buffer {name!r} has {number} of {value.numel()} values that are {kind}: "
+                "nothing exact can be made of it; was the model saved after its training diverged?"
+            )
+
+
+def _read(graph: fx.Graph) -> list[str]:
+    """Return the names of the constants that some output depends on."""
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in live:
+            live.update(node.all_input_nodes)
+    return list(
+        dict.fromkeys(str(node.target) for node in graph.nodes if node in live and node.op == "get_attr")
+    )
+
+
+def _is_floating(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_is_floating(item) for item in value)
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _attribute(
@@ -88,21 +157,21 @@ def _results(exported: ExportedProgram, env: dict[fx.Node, Any]) -> list[Any]:
 
 
 def _tensor_of(exported: ExportedProgram, spec: Any) -> Tensor:
-    if spec.target in exported.state_dict:
-        return exported.state_dict[spec.target].detach()
-    value = exported.constants.get(spec.target)
+    value = exported.state_dict.get(spec.target, exported.constants.get(spec.target))
     if not isinstance(value, Tensor):
-        raise UnsupportedModelError(f"constant {spec.target!r} is a {type(value).__name__}, expected a tensor")
+        kind = type(value).__name__
+        raise UnsupportedModelError(f"constant {spec.target!r} is a {kind}, expected a tensor")
     return value.detach()
 
 
 def _widened(value: Tensor) -> Tensor:
-    value = value.detach().cpu()
-    return value.to(torch.float64) if value.dtype in FLOATS else value.clone()
+    """Copy a tensor of the user's, who may go on training it, to float64 on the CPU."""
+    dtype = torch.float64 if value.dtype in FLOATS else value.dtype
+    return value.detach().to("cpu", dtype, copy=True)
 
 
 def _widened_literals(value: Any) -> Any:
-    """dtype literals follow the constants to float64; devices follow them to the CPU."""
+    """Make dtype literals follow the constants to float64, and devices follow them to the CPU."""
     if isinstance(value, torch.dtype):
         return torch.float64 if value in FLOATS else value
     if isinstance(value, torch.device):
@@ -126,13 +195,17 @@ def _meta(node: fx.Node) -> dict[str, Any]:
 
 
 class SizeHints:
-    """Two admissible values for every symbolic size: small for a leading axis, multiples of 32 for the others."""
+    """Two admissible values for every symbolic size.
+
+    Small ones for a leading axis, multiples of 32 for the others.
+    """
 
     def __init__(self, exported: ExportedProgram) -> None:
         self._ranges = exported.range_constraints
         self._values: dict[Any, tuple[int, int]] = {}
 
     def sizes(self, value: Tensor, which: int) -> tuple[int, ...]:
+        """Return the first (`which` = 0) or second admissible shape of a value."""
         return tuple(self._size(size, axis == 0, which) for axis, size in enumerate(value.shape))
 
     def _size(self, size: Any, leading: bool, which: int) -> int:

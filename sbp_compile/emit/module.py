@@ -8,34 +8,52 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.ir.program import Program
+from sbp_compile.capture.call import Call
+from sbp_compile.errors import UnsupportedModelError
 
 aten = torch.ops.aten
+ANCHOR = "dtype_anchor"
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 class CompiledModule(nn.Module):
-    """The small network with the original's call signature and output structure.
+    """The small network with the original's call signature and output structure; `compiled_module` makes it.
 
-    An ordinary module: it can be copied, moved, cast and exported again; train and eval mode are the same.
+    An ordinary module: it can be copied, pickled, moved, cast and exported again; train and eval mode are the
+    same. Arguments that are no tensors (numbers, None) were fixed at capture and must be given as they were.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, in_spec: Any, out_spec: Any, inputs: tuple[int, ...]) -> None:
+    def __init__(self, network: fx.GraphModule, call: Call) -> None:
         super().__init__()
-        self.network = graph_module
-        self._in_spec = in_spec
-        self._out_spec = out_spec
-        self._inputs = inputs
+        self.network = network
+        self._call = call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        names = self._in_spec.child(1).context if hasattr(self._in_spec, "child") else list(kwargs)
-        ordered = {name: kwargs[name] for name in names if name in kwargs}
-        leaves = self._in_spec.flatten_up_to((args, ordered))
-        results = self.network(*(leaves[position] for position in self._inputs))
-        return self._out_spec.unflatten(list(results))
+        """Compute the outputs; `InputError` for a call that is structured otherwise than the captured one."""
+        return self._call.nest_results(self.network(*self._call.tensors(args, kwargs)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return compiled_module, (self.network, self._call), self.__dict__
+
+
+def compiled_module(network: fx.GraphModule, call: Call) -> CompiledModule:
+    """Return the module for an emitted network.
+
+    Its class is made for it: `forward` shows the original's parameters, from which exporters take the names
+    of the inputs.
+    """
+
+    def forward(self: CompiledModule, *args: Any, **kwargs: Any) -> Any:
+        return CompiledModule.forward(self, *args, **kwargs)
+
+    forward.__signature__ = call.signature()  # type: ignore[attr-defined]  # inspect reads it, mypy does not know
+    name = CompiledModule.__name__
+    made: CompiledModule = type(name, (CompiledModule,), {"forward": forward})(network, call)
+    return made
 
 
 def emission_dtype(program: Program) -> torch.dtype:
-    """The one floating-point dtype of the emitted network: its inputs', else its constants' widest."""
+    """Return the one floating-point dtype of the emitted network: its inputs', else its constants' widest."""
     for entry in program.inputs:
         if entry.dtype.is_floating_point:
             return entry.dtype
@@ -47,43 +65,59 @@ def emission_dtype(program: Program) -> torch.dtype:
 
 
 def emit_graph_module(program: Program, dtype: torch.dtype | None = None) -> fx.GraphModule:
-    """A GraphModule with one positional argument for each input and a tuple of outputs.
+    """Return a GraphModule with one positional argument for each input and a tuple of outputs.
 
-    Constants become parameters (floating point) and buffers (the rest) of dtype `dtype` (default: the model's own).
-    Float32 weights that are subnormal are flushed to zero.
+    Constants become parameters (floating point) and buffers (the rest), copied and rounded to `dtype`
+    (default: the model's own). Float32 weights that are subnormal are flushed to zero. Raises
+    `UnsupportedModelError` where a finite value is infinite after rounding.
     """
     dtype = emission_dtype(program) if dtype is None else dtype
-    root: dict[str, Any] = {}
-    names = {name: name.replace(".", "_") for name in program.constants}
-    if len(set(names.values())) != len(names):
-        names = {name: f"constant_{position}" for position, name in enumerate(program.constants)}
-    for name, value in program.constants.items():
-        root[names[name]] = _rounded(value, dtype)
-    anchor = "dtype_anchor"
-    graph = _emission_graph(program, names, anchor, root, dtype)
+    names = _attribute_names(program)
+    root = {names[name]: _rounded(name, value, dtype) for name, value in program.constants.items()}
+    graph, anchor_is_used = _emission_graph(program, names, dtype)
     module = fx.GraphModule(nn.Module(), fx.Graph())
     for name, value in root.items():
         if isinstance(value, nn.Parameter):
             module.register_parameter(name, value)
         else:
             module.register_buffer(name, value)
+    if anchor_is_used:
+        module.register_buffer(ANCHOR, torch.zeros(1, dtype=dtype))
     module.graph = graph
     module.recompile()
     return module
 
 
-def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+def _attribute_names(program: Program) -> dict[str, str]:
+    """Return an attribute name for each constant: the path in the original module with dots replaced."""
+    taken = {ANCHOR, *dir(fx.GraphModule), *vars(nn.Module())}
+    names = {}
+    for name in program.constants:
+        wanted = name.replace(".", "_")
+        while wanted in taken:
+            wanted += "_"
+        names[name] = wanted
+        taken.add(wanted)
+    return names
+
+
+def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if not value.is_floating_point():
-        return value
-    rounded = value.to(dtype)
+        return value.clone()
+    rounded = value.to(dtype, copy=True)
+    overflown = int((torch.isinf(rounded) & torch.isfinite(value)).sum())
+    if overflown:
+        raise UnsupportedModelError(
+            f"constant {name!r} has {overflown} of {value.numel()} values beyond the range of {dtype} "
+            f"(largest magnitude {float(value.abs().max()):.3g}); compile the model in a wider dtype"
+        )
     if dtype == torch.float32:
-        rounded = torch.where(rounded.abs() < SMALLEST_NORMAL, torch.zeros((), dtype=dtype), rounded)
+        rounded[rounded.abs() < SMALLEST_NORMAL] = 0.0
     return nn.Parameter(rounded)
 
 
-def _emission_graph(
-    program: Program, names: dict[str, str], anchor: str, root: dict[str, Any], dtype: torch.dtype
-) -> fx.Graph:
+def _emission_graph(program: Program, names: dict[str, str], dtype: torch.dtype) -> tuple[fx.Graph, bool]:
+    """Return the graph over the attributes `names`, and whether it reads the anchor."""
     graph = fx.Graph()
     env: dict[fx.Node, Any] = {}
     shared: dict[str, fx.Node] = {}
@@ -101,14 +135,20 @@ def _emission_graph(
         elif node.op == "call_function":
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
             if _has_float_literal((args, kwargs)):
-                root.setdefault(anchor, torch.zeros(1, dtype=dtype))
-                env[node] = _follow_anchor(graph, node, args, kwargs, attribute(anchor))
+                env[node] = _follow_anchor(graph, node, args, kwargs, attribute(ANCHOR))
             else:
                 env[node] = graph.create_node("call_function", node.target, args, kwargs, name=node.name)
-        else:
-            results = fx.node.map_arg(node.args[0], env.__getitem__)
-            graph.create_node("output", "output", (tuple(results),), {}, name="output")
-    return graph
+    graph.create_node("output", "output", (_emitted_outputs(program, graph, env),), {}, name="output")
+    return graph, ANCHOR in shared
+
+
+def _emitted_outputs(program: Program, graph: fx.Graph, env: dict[fx.Node, Any]) -> tuple[Any, ...]:
+    """Return the outputs in the new graph; a constant leaves as a copy, which the caller may write into."""
+    results = list(fx.node.map_arg(program.outputs, env.__getitem__))
+    for position, value in enumerate(results):
+        if isinstance(value, fx.Node) and value.op == "get_attr":
+            results[position] = graph.create_node("call_function", aten.clone.default, (value,), {})
+    return tuple(results)
 
 
 def _has_float_literal(value: Any) -> bool:
@@ -126,8 +166,10 @@ CREATIONS = {
 }
 
 
-def _follow_anchor(graph: fx.Graph, node: fx.Node, args: Any, kwargs: dict[str, Any], anchor: fx.Node) -> fx.Node:
-    """A call with a floating-point dtype literal, rewritten to take the dtype from the anchor at run time."""
+def _follow_anchor(
+    graph: fx.Graph, node: fx.Node, args: Any, kwargs: dict[str, Any], anchor: fx.Node
+) -> fx.Node:
+    """Rewrite a call with a floating-point dtype literal: at run time the anchor gives the dtype."""
     if node.target in CREATIONS:
         return graph.create_node("call_function", CREATIONS[node.target], (anchor, *args), {}, name=node.name)
     if node.target in {aten._to_copy.default, aten.to.dtype}:

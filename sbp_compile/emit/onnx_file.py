@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +17,13 @@ from torch import Tensor, fx
 from torch.export import Dim
 
 from passes.ir.analysis import size_source
-from passes.ir.program import Input, Program
+from passes.ir.program import Input, Program, TensorInfo
 from sbp_compile.capture.export import quiet_export
 from sbp_compile.emit.module import emission_dtype, emit_graph_module
 
 OPSET = 20
 LARGEST_EMBEDDED = 2_000_000_000
+_LARGEST_READ_BY_INFERENCE = 1024
 
 
 def onnx_model(
@@ -31,39 +33,66 @@ def onnx_model(
     *,
     opset: int = OPSET,
 ) -> onnx.ModelProto:
-    """The ONNX model of a Program, constants rounded to its dtype; outputs without a name are left out."""
+    """Return the ONNX model of a Program, rounded to its dtype; outputs without a name are left out.
+
+    Interface dimensions are named: `batch` for the leading dynamic axis, `<input>_<axis>` for the others.
+    """
     module = emit_graph_module(program)
-    names = [name for name in output_names if name is not None]
     _keep_outputs(module, [name is not None for name in output_names])
-    proto = _export(program, module, names, opset)
-    return finish_model(_cleaned(proto), program, names, metadata)
+    names = [name for name in output_names if name is not None]
+    model = _cleaned(_export(program, module, len(names), opset), names)
+    _name_dimensions(model, program)
+    with _without_weights(model):
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    model.graph.value_info.extend(inferred.graph.value_info)
+    _describe(model, metadata)
+    return model
 
 
-def finish_model(
-    model: onnx.ModelProto, program: Program, names: Sequence[str], metadata: Mapping[str, str]
-) -> onnx.ModelProto:
-    """Interface dimensions named, shapes inferred, metadata set, checked."""
-    _name_dimensions(model, program, names)
-    if model.ByteSize() < LARGEST_EMBEDDED:
-        model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+def save_onnx(model: onnx.ModelProto, path: Path) -> None:
+    """Check a model and write it; beyond 2 GB its weights go to a second file, `<path>.data`.
+
+    The second file is referred to by its name alone: the two must stay together.
+    """
+    if weight_bytes(model) < LARGEST_EMBEDDED:
         onnx.checker.check_model(model)
+        path.write_bytes(model.SerializeToString(deterministic=True))
+    else:
+        onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data")
+        onnx.checker.check_model(str(path))
+
+
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """Return the bytes of a model's weights (what the size of its file comes to, a few kilobytes aside)."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+
+
+def _describe(model: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
     model.producer_name, model.producer_version = "sbp_compile", metadata.get("sbp_compile.version", "")
     del model.metadata_props[:]
     for key in sorted(metadata):
         entry = model.metadata_props.add()
         entry.key, entry.value = key, metadata[key]
-    return model
 
 
-def save_onnx(model: onnx.ModelProto, path: Path) -> None:
-    """Write a model; beyond 2 GB its weights go to a file of the same name plus `.data`."""
-    if model.ByteSize() < LARGEST_EMBEDDED:
-        path.write_bytes(model.SerializeToString(deterministic=True))
-    else:
-        onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data")
+@contextmanager
+def _without_weights(model: onnx.ModelProto) -> Iterator[None]:
+    """Take large weights out for a while: shape inference copies the model, and refuses one beyond 2 GB."""
+    held = []
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) > _LARGEST_READ_BY_INFERENCE:
+            held.append((tensor, tensor.raw_data))
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+    try:
+        yield
+    finally:
+        for tensor, content in held:
+            tensor.raw_data = content
+            tensor.ClearField("data_location")
 
 
-def _export(program: Program, module: fx.GraphModule, names: list[str], opset: int) -> onnx.ModelProto:
+def _export(program: Program, module: fx.GraphModule, outputs: int, opset: int) -> onnx.ModelProto:
     args = tuple(_example(entry.sizes, entry.dtype, emission_dtype(program)) for entry in program.inputs)
     with quiet_export(), _quiet_onnx():
         exported = torch.export.export(module, args, dynamic_shapes=_dynamic_shapes(program), strict=False)
@@ -73,7 +102,7 @@ def _export(program: Program, module: fx.GraphModule, names: list[str], opset: i
             dynamo=True,
             opset_version=opset,
             input_names=[entry.name for entry in program.inputs],
-            output_names=names,
+            output_names=[f"sbp_compile.{position}" for position in range(outputs)],
             verbose=False,
         )
     assert converted is not None
@@ -91,7 +120,9 @@ def _dynamic_shapes(program: Program) -> dict[str, Any]:
     dim = Dim("batch", min=1)
     return {
         entry.name: {
-            axis: dim if pair == batch else Dim.AUTO for axis, pair in enumerate(_pairs(entry)) if pair[0] != pair[1]
+            axis: dim if pair == batch else Dim.AUTO
+            for axis, pair in enumerate(_pairs(entry))
+            if pair[0] != pair[1]
         }
         for entry in program.inputs
     }
@@ -103,19 +134,28 @@ def _pairs(entry: Input) -> list[tuple[int, int]]:
 
 def _keep_outputs(module: fx.GraphModule, wanted: list[bool]) -> None:
     output = next(iter(reversed(module.graph.nodes)))
-    results = tuple(value for value, keep in zip(output.args[0], wanted, strict=True) if keep)  # type: ignore[arg-type]
-    output.args = (results,)
+    results: Any = output.args[0]
+    output.args = (tuple(value for value, keep in zip(results, wanted, strict=True) if keep),)
     module.graph.eliminate_dead_code()
     module.recompile()
 
 
-def _cleaned(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Dead nodes removed, nodes sorted, exporter notes (source lines among them) dropped."""
+def _cleaned(proto: onnx.ModelProto, output_names: list[str]) -> onnx.ModelProto:
+    """Name the outputs, remove dead nodes, drop the exporter's notes (source lines among them).
+
+    The exporter would give an output a name that a value inside the graph may already have.
+    """
     graph = gs.import_onnx(proto)
+    for name, tensor in graph.tensors(check_duplicates=True).items():
+        if name in output_names:
+            tensor.name = f"{name}.inner"
+    for tensor, name in zip(graph.outputs, output_names, strict=True):
+        tensor.name = name
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = proto.ir_version
-    for entry in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.initializer, model.graph):
+    parts = (model.graph.node, model.graph.input, model.graph.output, model.graph.initializer)
+    for entry in (model.graph, *itertools.chain(*parts)):
         del entry.metadata_props[:]
     for node in model.graph.node:
         node.doc_string = ""
@@ -123,23 +163,27 @@ def _cleaned(proto: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _name_dimensions(model: onnx.ModelProto, program: Program, names: Sequence[str]) -> None:
-    """`batch` for the leading dynamic axis, `<input>_<axis>` for the others; outputs follow their source."""
-    known = {}
+def _name_dimensions(model: onnx.ModelProto, program: Program) -> None:
+    known: dict[tuple[str, int], str] = {}
     for entry in program.inputs:
         for axis, pair in enumerate(_pairs(entry)):
             if pair[0] != pair[1]:
-                known.setdefault((entry.name, axis), "batch" if axis == 0 else f"{entry.name}_{axis}")
-    infos = dict(zip([entry.name for entry in program.inputs], program.inputs, strict=True))
-    for value in model.graph.input:
-        _set_dimensions(value, infos[value.name], program, known)
-    results = [node for node in program.outputs if isinstance(node, fx.Node)]
-    del names
-    for value, node in zip(model.graph.output, [node for node in results if node in program.infos], strict=False):
-        _set_dimensions(value, program.infos[node], program, known)
+                known[entry.name, axis] = "batch" if axis == 0 else f"{entry.name}_{axis}"
+    for value, entry in zip(model.graph.input, program.inputs, strict=True):
+        info = TensorInfo(entry.sizes, entry.other_sizes, entry.dtype)
+        _set_dimensions(value, info, program, known)
+    results = [result for result in program.outputs if isinstance(result, fx.Node)]
+    for value, node in zip(model.graph.output, results, strict=True):
+        if node in program.infos:
+            _set_dimensions(value, program.infos[node], program, known)
 
 
-def _set_dimensions(value: Any, info: Any, program: Program, known: dict[tuple[str, int], str]) -> None:
+def _set_dimensions(
+    value: onnx.ValueInfoProto,
+    info: TensorInfo,
+    program: Program,
+    known: Mapping[tuple[str, int], str],
+) -> None:
     shape = value.type.tensor_type.shape
     for axis, (size, other) in enumerate(zip(info.sizes, info.other_sizes, strict=True)):
         if axis >= len(shape.dim):
@@ -153,13 +197,15 @@ def _set_dimensions(value: Any, info: Any, program: Program, known: dict[tuple[s
 
 @contextmanager
 def _quiet_onnx() -> Iterator[None]:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=FutureWarning)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

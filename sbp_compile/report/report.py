@@ -1,4 +1,4 @@
-"""The report: a row for each layer, totals before and after, notes; for people (rich) and for machines (dict)."""
+"""The report, for people (rich) and machines (dict): a row for each layer, totals, notes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
@@ -15,6 +15,7 @@ from passes.ir.analysis import Analysis
 from passes.ir.cost import Cost, count, macs_by_node
 from passes.ir.pipeline import Note, Step
 from passes.ir.program import Program
+from passes.rules import OPAQUE, rule_for
 from passes.rules.contraction import CONVOLUTIONS, LINEAR
 from sbp_compile.verify import Verification
 
@@ -41,7 +42,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the compiler has to say about one run."""
+    """Everything the compiler has to say about one run; `seconds`: of each stage."""
 
     layers: tuple[Layer, ...]
     before: Cost
@@ -49,34 +50,49 @@ class Report:
     notes: tuple[Note, ...] = ()
     verification: Verification | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, for JSON."""
+        """Return the report as plain data, for JSON."""
         return asdict(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Group(self._layers(), self._totals())
+        yield self._layers()
+        yield self._totals()
+        if any(layer.reason for layer in self.layers):
+            yield self._reasons()
         for note in self.notes:
             yield f"[dim]{escape(note.where)}: {escape(note.text)}[/dim]"
+        if self.seconds:
+            times = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
+            yield f"[dim]{times}[/dim]"
 
     def _layers(self) -> Table:
-        table = Table(box=SIMPLE, title="Output channels and multiply-adds of each layer", title_justify="left")
-        for heading in ("layer", "kind"):
-            table.add_column(heading)
+        table = Table(box=SIMPLE, title="Output channels and multiply-adds (MACs) of each layer")
+        table.title_justify = "left"
+        table.add_column("layer", overflow="fold")
         for heading in ("channels", "masked", "kept", "MACs before", "MACs after"):
-            table.add_column(heading, justify="right")
-        table.add_column("why more were kept", overflow="fold")
+            table.add_column(heading, justify="right", no_wrap=True)
         for layer in self.layers:
             counts = (layer.channels, layer.masked, layer.kept, layer.macs, layer.macs_kept)
-            table.add_row(escape(layer.name), layer.kind, *(f"{value:,}" for value in counts), escape(layer.reason))
+            table.add_row(escape(layer.name), *(f"{value:,}" for value in counts))
+        return table
+
+    def _reasons(self) -> Table:
+        table = Table(box=SIMPLE, title="Why more channels were kept than had to be", title_justify="left")
+        table.add_column("layer", overflow="fold")
+        table.add_column("more", justify="right", no_wrap=True)
+        table.add_column("why", overflow="fold")
+        for layer in self.layers:
+            if layer.reason:
+                more = layer.kept - (layer.channels - layer.masked)
+                table.add_row(escape(layer.name), f"{more:,}", escape(layer.reason))
         return table
 
     def _totals(self) -> Table:
         table = Table(box=SIMPLE)
         table.add_column("")
         for heading in ("before", "after", "ratio"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         for name, first, second in (
             ("multiply-adds", self.before.macs, self.after.macs),
             ("parameters", self.before.parameters, self.after.parameters),
@@ -87,16 +103,28 @@ class Report:
 
 
 def build_report(
-    dense: Program, small: Program, steps: Sequence[Step], notes: Sequence[Note], seconds: Mapping[str, float]
+    dense: Program,
+    small: Program,
+    steps: Sequence[Step],
+    notes: Sequence[Note],
+    *,
+    verification: Verification | None,
+    seconds: Mapping[str, float],
 ) -> Report:
-    """The report of one run; `dense` is the plain architecture at full width, `steps` what the pipeline did."""
-    analyses = [step.after for step in steps if step.after.analysis is not None and step.name == "analyze_channels"]
+    """Return the report of one run.
+
+    `dense`: the plain architecture at full width; `steps`: what the pipeline did.
+    """
+    analyses = [
+        step.after for step in steps if step.after.analysis is not None and step.name == "analyze_channels"
+    ]
     rows = _layers(dense, small, analyses)
-    return Report(tuple(rows), count(dense), count(small), (*notes, *_opaque_notes(small)), seconds=dict(seconds))
+    notes = (*notes, *_opaque_notes(small))
+    return Report(tuple(rows), count(dense), count(small), notes, verification, dict(seconds))
 
 
 def _weights(program: Program) -> dict[str, tuple[str, int, int]]:
-    """(operator, output channels, input channels) of each contraction, by name."""
+    """Return (operator, output channels, input channels) of each contraction, by name."""
     found = {}
     for node in program.calls():
         if node.target in CONVOLUTIONS or node.target is LINEAR:
@@ -114,16 +142,17 @@ def _layers(dense: Program, small: Program, analyses: Sequence[Program]) -> list
     for name, (kind, channels, inputs) in before.items():
         kept = after.get(name, (kind, 0, 0))
         masked, reason = _explained(name, channels, kept[1], analyses)
+        after_macs = macs_after.get(name, 0)
         rows.append(
             Layer(
-                labels[name], kind, channels, masked, kept[1], inputs, kept[2], macs[name], macs_after.get(name, 0), reason
+                labels[name], kind, channels, masked, kept[1], inputs, kept[2], macs[name], after_macs, reason
             )
         )
     return rows
 
 
 def _explained(name: str, channels: int, kept: int, analyses: Sequence[Program]) -> tuple[int, str]:
-    """(how many output channels were not needed, why more than needed were kept)."""
+    """Return (how many output channels were not needed, why more than needed were kept)."""
     reasons: dict[str, int] = {}
     masked = 0
     for program in analyses:
@@ -131,7 +160,8 @@ def _explained(name: str, channels: int, kept: int, analyses: Sequence[Program])
         assert isinstance(program.analysis, Analysis)
         if node is None or node not in program.infos:
             break
-        axis = program.infos[node].rank - 1 - CONVOLUTIONS.get(node.target, 0)
+        target: Any = node.target
+        axis = program.infos[node].rank - 1 - CONVOLUTIONS.get(target, 0)
         needed = program.analysis.keep.needed(name, axis)
         weight = program.constant(node.args[1])
         if needed is None or weight is None:
@@ -143,15 +173,15 @@ def _explained(name: str, channels: int, kept: int, analyses: Sequence[Program])
 
 
 def _opaque_notes(program: Program) -> list[Note]:
-    """One note for each operator that has no rule, with how often it occurs."""
-    from passes.ir.program import Op
-    from passes.rules import OPAQUE, rule_for
-
+    """Return one note for each operator that has no rule, with how often it occurs."""
     counts: dict[str, int] = {}
     for node in program.calls():
-        if node in program.infos and rule_for(Op(program, node)) is OPAQUE:
+        if node in program.infos and rule_for(program.op(node)) is OPAQUE:
             counts[str(node.target)] = counts.get(str(node.target), 0) + 1
     return [
-        Note(target, f"no rule covers it: its inputs and outputs keep their full width ({number} in the network)")
+        Note(
+            target,
+            f"no rule covers it: its inputs and results keep their full width ({number} in the network)",
+        )
         for target, number in counts.items()
     ]
