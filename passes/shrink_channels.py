@@ -58,10 +58,15 @@ def _is_expanded_constant(program: Program, node: fx.Node) -> bool:
 
 def _emit(program: Program, analysis: Analysis, rewriter: Rewriter, node: fx.Node) -> None:
     if node not in program.infos:
-        if all(operand in rewriter.env or operand.op == "get_attr" for operand in node.all_input_nodes):
+        if all(_is_available(program, analysis, rewriter, operand) for operand in node.all_input_nodes):
             rewriter.env[node] = rewriter.copy(node)
         return
     if is_constant(program, node, analysis.facts) or analysis.keep.is_empty(node):
         return
     op = program.op(node)
     rewriter.env[node] = rule_for(op).rewrite(op, rewriter)
+
+
+def _is_available(program: Program, analysis: Analysis, rewriter: Rewriter, node: fx.Node) -> bool:
+    """Whether a value was emitted, or is a constant that is emitted when it is asked for."""
+    return node in rewriter.env or node.op == "get_attr" or is_constant(program, node, analysis.facts)

@@ -1,0 +1,310 @@
+"""What must hold for every network: the same function, documented errors only, never more work."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ShapesCollection
+
+import sbp_compile
+from passes import Program, default_pipeline
+from passes.ir.cost import count
+from passes.ir.interpret import run
+from sbp_compile.baseline import plain_architecture
+from sbp_compile.capture.export import export_module
+from sbp_compile.capture.program import program_from_export
+from sbp_compile.errors import BatchPinnedWarning, CompileError, UnsupportedModelError
+from sbp_compile.verify import relative_error
+from tests.fuzz.networks import RandomNetwork, Spec, build, example_sizes, flat, moving_axes
+
+FLOAT64_TOLERANCE = 1e-12
+FLOAT32_TOLERANCE = 1e-5
+LARGEST_NOISE = 3e-4
+LARGEST_SIZE = 4096
+
+
+class FuzzError(AssertionError):
+    """A promise was broken; `kind` names which."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(f"{kind}: {text}")
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of one network: why it was no test, or its multiply-adds before and after."""
+
+    rejected: str = ""
+    before: int = 0
+    after: int = 0
+    shrunk: bool = False
+
+
+def examples(spec: Spec, which: int = 0, seed: int = 0) -> tuple[Tensor, ...]:
+    """Random float32 inputs at the first or second example sizes."""
+    generator = torch.Generator().manual_seed(spec.seed + 17 * seed + which)
+    return tuple(torch.randn(sizes[which], generator=generator) for sizes in example_sizes(spec))
+
+
+def dynamic_arguments(spec: Spec, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+    """How `compile` and `export_module` are to treat the shapes."""
+    if spec.dynamic != "spatial":
+        return {"dynamic_batch": spec.dynamic == "batch"}
+    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
+    batch = Dim("batch", min=1)
+    for number, value in enumerate(inputs):
+        inner = {
+            axis: Dim(f"size_{number}_{axis}", min=4, max=LARGEST_SIZE) for axis in moving_axes(value.ndim)
+        }
+        shapes[value] = {0: batch, **inner}
+    return {"dynamic_shapes": shapes}
+
+
+@contextmanager
+def _documented_errors_only(where: str) -> Iterator[None]:
+    try:
+        yield
+    except CompileError:
+        raise
+    except FuzzError:
+        raise
+    except Exception as error:
+        raise FuzzError("undocumented error", f"{where} raised {type(error).__name__}: {error}") from error
+
+
+class RejectedError(Exception):
+    """A network that is no test, and why."""
+
+
+def capture(spec: Spec) -> Program:
+    """The Program of a spec's network; raises RejectedError where torch cannot capture it as asked."""
+    network, inputs = build(spec)[0], examples(spec)
+    if not network.plan:
+        raise RejectedError("empty")
+    try:
+        with _documented_errors_only("capture"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", BatchPinnedWarning)
+            return program_from_export(export_module(network, inputs, **dynamic_arguments(spec, inputs)))
+    except UnsupportedModelError as error:
+        raise RejectedError(f"capture: {error}") from error
+
+
+def with_masks(original: Program, first: Spec, spec: Spec) -> Program:
+    """The Program captured for one spec, with the constants of another that differs in its masks alone."""
+    network = build(spec)[0]
+    if network.plan != build(first)[0].plan:
+        raise RejectedError("other masks, other steps")
+    state = network.state_dict()
+    constants = {}
+    for name, held in original.constants.items():
+        value = state.get(name, held)
+        constants[name] = value.detach().to(held.dtype)
+    return original.replace(constants=constants)
+
+
+def check_passes(spec: Spec, original: Program | None = None) -> Outcome:
+    """Run the passes; compare with the original Program and with the module itself in float64.
+
+    `original`: the spec's Program, if it was captured before.
+    """
+    try:
+        original = original or capture(spec)
+        with _documented_errors_only("the passes"):
+            small = default_pipeline()(original).program
+            small.lint()
+        pinned = all(entry.sizes == entry.other_sizes for entry in original.inputs)
+        for which in (0,) if pinned else (0, 1):
+            _compare(spec, original, small, examples(spec, which, seed=1))
+    except RejectedError as reason:
+        return Outcome(rejected=str(reason))
+    return _outcome(original, small)
+
+
+def check_variants(spec: Spec, count: int) -> Iterator[tuple[Spec, Outcome | FuzzError]]:
+    """One capture, checked with `count` sets of masks."""
+    original = None
+    for masks in range(spec.masks, spec.masks + count):
+        variant = replace(spec, masks=masks)
+        try:
+            if original is None:
+                original, held = capture(spec), spec
+            yield variant, check_passes(variant, with_masks(original, held, variant))
+        except RejectedError as reason:
+            yield variant, Outcome(rejected=str(reason))
+            if original is None:
+                return
+        except FuzzError as failure:
+            yield variant, failure
+
+
+def _compare(spec: Spec, original: Program, small: Program, inputs: tuple[Tensor, ...]) -> None:
+    """Compare three ways in float64; raises RejectedError where rounding alone is too much."""
+    own, exact = (
+        outputs(build(spec)[0], inputs),
+        outputs(build(spec)[0].double(), [x.double() for x in inputs]),
+    )
+    if ill_conditioned(own, exact):
+        raise RejectedError("ill-conditioned")
+    with _documented_errors_only("running the programs"):
+        wanted, found = run(original, inputs), run(small, inputs)
+    for position, (truth, a, b) in enumerate(zip(exact, wanted, found, strict=True)):
+        for kind, first, second in (("capture", truth, a), ("float64", a, b), ("oracle", truth, b)):
+            error = relative_error(first, second)
+            if not error <= FLOAT64_TOLERANCE:
+                raise FuzzError(
+                    kind, f"output {position} of shape {tuple(first.shape)} differs by {error:.1e}"
+                )
+
+
+def outputs(network: nn.Module, inputs: Any) -> list[Tensor]:
+    with torch.no_grad():
+        result = network(*inputs)
+    return flat(list(result.values()) if isinstance(result, dict) else result)
+
+
+def ill_conditioned(own: list[Tensor], exact: list[Tensor]) -> bool:
+    """Whether rounding alone moves some output too far for the tolerances to mean anything."""
+    return any(not relative_error(a, b) <= LARGEST_NOISE for a, b in zip(exact, own, strict=True))
+
+
+def _outcome(original: Program, small: Program) -> Outcome:
+    dense = plain_architecture(original)
+    before, after = count(dense).macs, count(small).macs
+    if after > before:
+        raise FuzzError("cost", f"{after} multiply-adds after, {before} before")
+    again = default_pipeline()(small).program
+    have, want = shapes(again), shapes(small)
+    if have != want:
+        raise FuzzError(
+            "idempotence", f"a second run changed {set(want) - set(have)} to {set(have) - set(want)}"
+        )
+    return Outcome("", before, after, count(small).parameters < count(dense).parameters)
+
+
+def shapes(program: Program) -> list[str]:
+    """Every call's operator and sizes, and every constant's."""
+    found = [
+        f"{node.target} {program.infos[node].sizes}" for node in program.calls() if node in program.infos
+    ]
+    return sorted(found + [f"constant {tuple(value.shape)}" for value in program.constants.values()])
+
+
+def check_compile(spec: Spec, folder: Path | None = None) -> Outcome:
+    """The whole path: compile, the module left alone, float32, and onnxruntime where a folder is given."""
+    network, _ = build(spec)
+    inputs = examples(spec)
+    if not network.plan:
+        return Outcome(rejected="empty")
+    own = outputs(build(spec)[0], inputs)
+    exact = outputs(build(spec)[0].double(), [x.double() for x in inputs])
+    if ill_conditioned(own, exact):
+        return Outcome(rejected="ill-conditioned")
+    network.train(spec.seed % 2 == 0)
+    before = snapshot(network)
+    try:
+        with _documented_errors_only("compile"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", BatchPinnedWarning)
+            compiled = sbp_compile.compile(network, inputs, **dynamic_arguments(spec, inputs))
+    except UnsupportedModelError as error:
+        return Outcome(rejected=f"capture: {error}")
+    except CompileError as error:
+        raise FuzzError(type(error).__name__, str(error)) from error
+    if differs(before, snapshot(network)):
+        raise FuzzError("module changed", differs(before, snapshot(network)))
+    _compare_float32(compiled.module, inputs, own, exact)
+    if folder is not None:
+        with _errors_as_failures(), _documented_errors_only("save"):
+            compiled.save(folder / "small.onnx")
+    return Outcome("", compiled.report.before.macs, compiled.report.after.macs, True)
+
+
+@contextmanager
+def _errors_as_failures() -> Iterator[None]:
+    try:
+        yield
+    except CompileError as error:
+        raise FuzzError(f"ONNX {type(error).__name__}", str(error)) from error
+
+
+def _compare_float32(module: nn.Module, inputs: Any, own: list[Tensor], exact: list[Tensor]) -> None:
+    with _documented_errors_only("the compiled module"):
+        found = outputs(module, inputs)
+    for position, (a, b, truth) in enumerate(zip(own, found, exact, strict=True)):
+        limit = max(FLOAT32_TOLERANCE, 3.0 * relative_error(truth, a))
+        error = relative_error(truth, b)
+        if not error <= limit:
+            raise FuzzError("float32", f"output {position} differs by {error:.1e}, tolerance {limit:.1e}")
+
+
+def snapshot(network: nn.Module) -> dict[str, Any]:
+    """Everything about a module that compiling must leave alone."""
+    held: dict[str, Any] = {name: value.detach().clone() for name, value in network.state_dict().items()}
+    for name, part in network.named_modules():
+        held[f"{name} training"] = part.training
+        held[f"{name} attributes"] = sorted(vars(part))
+        held[f"{name} hooks"] = len(part._forward_pre_hooks)
+    return held
+
+
+def differs(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The first entry in which two snapshots differ, or nothing."""
+    if before.keys() != after.keys():
+        return f"entries {sorted(before.keys() ^ after.keys())}"
+    for name, value in before.items():
+        same = torch.equal(value, after[name]) if isinstance(value, Tensor) else value == after[name]
+        if not same:
+            return name
+    return ""
+
+
+def minimised(spec: Spec, failure: FuzzError, check: Any) -> tuple[Spec, FuzzError]:
+    """The spec with as few steps, inputs and outputs as still break the same promise."""
+    shrinking = True
+    while shrinking:
+        shrinking = False
+        for smaller in _smaller(spec):
+            found = failure_of(smaller, check)
+            if found is not None and found.kind == failure.kind:
+                spec, failure, shrinking = smaller, found, True
+                break
+    return spec, failure
+
+
+def _smaller(spec: Spec) -> Iterator[Spec]:
+    for position in reversed(range(len(spec.steps))):
+        yield spec.without(position)
+    if spec.form != "single":
+        yield replace(spec, form="single")
+    for position, step in enumerate(spec.steps):
+        if step.back:
+            steps = list(spec.steps)
+            steps[position] = replace(step, back=0)
+            yield replace(spec, steps=tuple(steps))
+    if len(spec.inputs) > 1:
+        yield replace(spec, inputs=spec.inputs[:1])
+    if spec.dynamic != "batch":
+        yield replace(spec, dynamic="batch")
+
+
+def failure_of(spec: Spec, check: Any) -> FuzzError | None:
+    """The broken promise of a spec, if there is one."""
+    try:
+        check(spec)
+    except FuzzError as error:
+        return error
+    return None
+
+
+def description(spec: Spec) -> str:
+    """Spec and network, ready to paste."""
+    network: RandomNetwork = build(copy.deepcopy(spec))[0]
+    return f"{spec}\n{network.describe()}"
