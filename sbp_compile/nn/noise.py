@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,8 @@ class LogNormalNoise(nn.Module):
         self.log_range = _checked_range(log_range)
         self.threshold = _checked_threshold(threshold)
         self.per_example = per_example
-        self.mu = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
-        self.log_sigma = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.mu = nn.Parameter(torch.empty(self.num_features, device=device, dtype=dtype))
+        self.log_sigma = nn.Parameter(torch.empty(self.num_features, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -135,7 +136,7 @@ def noise_layers(module: nn.Module) -> list[LogNormalNoise]:
 def kl_divergence(module: nn.Module) -> Tensor:
     """Sum of `kl()` over all noise layers of `module`, in nats; a scalar, 0.0 where there are none.
 
-    Added to the mean cross-entropy it is divided by the number of training examples (the paper's equation 3).
+    The loss is mean cross-entropy + this / number of training examples: the paper's lower bound, per example.
     Layers may lie on several devices; the sum is on the first one's.
     """
     divergences = [layer.kl() for layer in noise_layers(module)]
@@ -155,14 +156,14 @@ def set_threshold(module: nn.Module, value: float) -> None:
 
 
 def _checked_integer(name: str, value: int, least: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+    if isinstance(value, bool) or not isinstance(value, Integral) or (least is not None and value < least):
         wanted = "an integer" if least is None else f"an integer >= {least}"
         raise NoiseArgumentError(f"`{name}` (={value!r}) must be {wanted}")
-    return value
+    return int(value)
 
 
 def _checked_threshold(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
         raise NoiseArgumentError(f"`threshold` (={value!r}) must be a number >= 0")
     return float(value)
 

@@ -1,7 +1,7 @@
 """Moments and divergence of the truncated log-normal, exact to about 1e-13 wherever they exist.
 
 x = log theta ~ N(mu, s^2) truncated to [a, b], s = exp(log_sigma); the prior of x is uniform on [a, b].
-The textbook forms (Neklyudov et al. 2017, section 3.3) are differences of normal tails that underflow,
+The textbook forms (Neklyudov et al. 2017) are differences of normal tails that underflow,
 overflow or cancel over most of the range that training visits. Here every quantity is a ratio of integrals
 
     E[f] = int f(x) exp(g(x)) dx / int exp(g(x)) dx,    g(x) = -(x - mu)^2 / (2 s^2) + constant,
@@ -58,8 +58,10 @@ def upcast(mu: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def moments(mu: Tensor, log_sigma: Tensor, a: float, b: float) -> Moments:
-    """Mean, variance and signal-to-noise ratio of theta (the paper's equations 12 and 13).
+    """Mean, variance and signal-to-noise ratio of theta (Neklyudov et al. 2017).
 
+    E[theta^n] = exp(n mu + n^2 s^2 / 2) (Phi(n s - alpha) - Phi(n s - beta)) / z, with alpha = (a - mu) / s,
+    beta = (b - mu) / s, z = Phi(beta) - Phi(alpha), evaluated as the module says.
     `mu` and `log_sigma` have shape (features,) and any floating dtype; the results are float64 and
     differentiable. Nothing is raised; a parameter that is not a number gives results that are not.
     """
@@ -76,7 +78,7 @@ def moments(mu: Tensor, log_sigma: Tensor, a: float, b: float) -> Moments:
 
 
 def divergence(mu: Tensor, log_sigma: Tensor, a: float, b: float) -> Tensor:
-    """KL(q || p) of each feature in nats (the paper's equation 10), shape (features,), float64.
+    """KL(q || p) of each feature in nats (Neklyudov et al. 2017), shape (features,), float64.
 
     The closed form log(b-a) - log s - log z - log(2 pi e)/2 - (alpha phi(alpha) - beta phi(beta)) / (2z),
     rearranged as log(b-a) + E_q[g] - log int exp(g), which stays exact where those terms cancel: for wide

@@ -5,9 +5,13 @@ distribution of log theta. The worst cancellation in the range, the variance at 
 """
 
 import random
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
-import mpmath as mp
+import mpmath as mp  # type: ignore[import-untyped]
+
+Number = Any  # mpmath's mpf, or a float
 
 DIGITS = 160
 QUANTITIES = ("kl", "mean", "variance", "snr")
@@ -38,29 +42,29 @@ EDGE_MU = (
 EDGE_LOG_SIGMA = (-20, -17, -13, -10, -7, -5, -3, -1.5, -0.5, 0, 0.6, 1.2, 2, 2.7, 3.4, 4, 5)
 
 
-def points(count=150, seed=0):
+def points(count: int = 150, seed: int = 0) -> list[tuple[float, float]]:
     """The grid of edge cases and `count` random points of [-20, 5] x [-20, 5], as (mu, log_sigma)."""
     draw = random.Random(seed)
     grid = [(float(mu), float(log_sigma)) for mu in EDGE_MU for log_sigma in EDGE_LOG_SIGMA]
     return grid + [(draw.uniform(-20, 5), draw.uniform(-20, 5)) for _ in range(count)]
 
 
-def _tail(v):
+def _tail(v: Number) -> Number:
     return mp.erfc(v / mp.sqrt(2)) / 2
 
 
-def _probability(low, high):
+def _probability(low: Number, high: Number) -> Number:
     """Phi(high) - Phi(low), taken in the tail where both are small."""
     if low + high < 0:
         low, high = -high, -low
     return _tail(low) - _tail(high)
 
 
-def _density(v):
+def _density(v: Number) -> Number:
     return mp.exp(-v * v / 2) / mp.sqrt(2 * mp.pi)
 
 
-def _evaluate(mu, log_sigma, a, b):
+def _evaluate(mu: Number, log_sigma: Number, a: Number, b: Number) -> tuple[Number, ...]:
     s = mp.exp(log_sigma)
     alpha, beta = (a - mu) / s, (b - mu) / s
     z = _probability(alpha, beta)
@@ -73,14 +77,16 @@ def _evaluate(mu, log_sigma, a, b):
 
 
 @cache
-def exact(mu, log_sigma, log_range=LOG_RANGE):
+def exact(mu: float, log_sigma: float, log_range: tuple[float, float] = LOG_RANGE) -> tuple[Number, ...]:
     """(KL, mean, variance, SNR) as mpmath numbers."""
     with mp.workdps(DIGITS):
         return _evaluate(*map(mp.mpf, (mu, log_sigma, *log_range)))
 
 
 @cache
-def gradients(mu, log_sigma, log_range=LOG_RANGE):
+def gradients(
+    mu: Number, log_sigma: Number, log_range: tuple[float, float] = LOG_RANGE
+) -> list[tuple[Number, Number]]:
     """((d/dmu, d/dlog_sigma) of each quantity), by central differences of step 1e-35."""
     with mp.workdps(DIGITS):
         step = mp.mpf(10) ** -35
@@ -92,7 +98,7 @@ def gradients(mu, log_sigma, log_range=LOG_RANGE):
         return list(zip(by_mu, by_log_sigma, strict=True))
 
 
-def cdf(x, mu, log_sigma, log_range=LOG_RANGE):
+def cdf(x: Number, mu: Number, log_sigma: Number, log_range: tuple[float, float] = LOG_RANGE) -> Number:
     """P(log theta < x), as an mpmath number; `x` may be one."""
     with mp.workdps(DIGITS):
         x, mu, log_sigma, a, b = map(mp.mpf, (x, mu, log_sigma, *log_range))
@@ -100,14 +106,16 @@ def cdf(x, mu, log_sigma, log_range=LOG_RANGE):
         return _probability((a - mu) / s, (x - mu) / s) / _probability((a - mu) / s, (b - mu) / s)
 
 
-def quantile_gradient(x, mu, log_sigma, log_range=LOG_RANGE):
+def quantile_gradient(
+    x: Number, mu: Number, log_sigma: Number, log_range: tuple[float, float] = LOG_RANGE
+) -> tuple[Number, Number]:
     """(dx/dmu, dx/dlog_sigma) of the sample x of log theta at a fixed quantile."""
     with mp.workdps(DIGITS):
         step = mp.mpf(10) ** -30
         mu, log_sigma, x = map(mp.mpf, (mu, log_sigma, x))
         scaled = step * mp.exp(log_sigma)
 
-        def slope(f, h):
+        def slope(f: Callable[[Number], Number], h: Number) -> Number:
             return (f(h) - f(-h)) / (2 * h)
 
         density = slope(lambda h: cdf(x + h, mu, log_sigma, log_range), scaled)
@@ -116,7 +124,7 @@ def quantile_gradient(x, mu, log_sigma, log_range=LOG_RANGE):
         return -by_mu / density, -by_log_sigma / density
 
 
-def relative_error(got, wanted, scale=None):
+def relative_error(got: float, wanted: Number, scale: Number = None) -> float:
     """|got - wanted| / |scale or wanted| as a float; 0/0 is 0."""
     with mp.workdps(DIGITS):
         error, size = abs(mp.mpf(got) - wanted), abs(wanted if scale is None else scale)

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -198,6 +199,13 @@ def test_a_bad_argument_is_named_with_its_value(arguments, options, message):
         LogNormalNoise(*arguments, **options)
     assert isinstance(caught.value, ValueError)
     assert isinstance(caught.value, CompileError)
+
+
+def test_numpy_numbers_are_numbers():
+    layer = LogNormalNoise(np.int64(3), threshold=np.float32(0.5))
+    assert layer.mu.shape == (3,)
+    set_threshold(layer, np.float64(2))
+    assert layer.threshold == 2.0
 
 
 @pytest.mark.parametrize("value", [-0.5, math.nan, None])
