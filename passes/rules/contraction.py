@@ -334,11 +334,16 @@ def _maps(this: Contraction, facts: Facts) -> Tensor:
     """The known map of each channel of x, flattened; (in, positions)."""
     value = facts.known_value
     value = value.expand([*value.shape[: this.axis], this.in_channels, *value.shape[this.axis + 1 :]])
-    return torch.movedim(value, this.axis, 0).flatten(1)
+    return _by_channel(value, this.axis)
+
+
+def _by_channel(stored: Tensor, axis: int) -> Tensor:
+    """Stored values as a matrix (size of `axis`, everything else)."""
+    return torch.movedim(stored, axis, 0).unsqueeze(-1).flatten(1)
 
 
 def _first(stored: Tensor, axis: int) -> Tensor:
-    return torch.movedim(stored, axis, 0).flatten(1)[:, 0]
+    return _by_channel(stored, axis)[:, 0]
 
 
 def _flat_rows(this: Contraction, facts: Facts) -> tuple[Tensor, Tensor]:
@@ -349,7 +354,7 @@ def _flat_rows(this: Contraction, facts: Facts) -> tuple[Tensor, Tensor]:
         if part is None:
             this.op.cache["flat_rows"] = rows[:0], torch.zeros(0, dtype=this.weight.dtype)
         else:
-            flat = torch.movedim(part, this.axis, 0).flatten(1)
+            flat = _by_channel(part, this.axis)
             uniform = (flat == flat[:, :1]).all(1)
             this.op.cache["flat_rows"] = rows[uniform], flat[uniform, 0]
     found: tuple[Tensor, Tensor] = this.op.cache["flat_rows"]

@@ -66,14 +66,11 @@ class Pointwise(Rule):
         env = {operand: fact.known_value for operand, fact in zip(op.operands, facts, strict=True)}
         args, kwargs = fx.node.map_arg((op.node.args, dict(op.node.kwargs)), env.__getitem__)
         value = op.target(*args, **kwargs)
-        return Facts(value, self.known(op, facts).expand(self._joint_shape(op, facts)))
+        return Facts(value, self.known(op, facts))
 
     def known(self, op: Op, facts: Sequence[Facts]) -> Tensor:
         """Where the result is known: where every operand is."""
         return _all([_aligned(fact.known, op.out.rank) for fact in facts])
-
-    def _joint_shape(self, op: Op, facts: Sequence[Facts]) -> torch.Size:
-        return torch.broadcast_shapes(*(_aligned(fact.known, op.out.rank).shape for fact in facts))
 
     def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
         return [reduce_to(demand, op.info_of(operand)) for operand in op.operands]

@@ -1,4 +1,4 @@
-"""Selections and repetitions, readings at other positions: slice, select, index_select, flip, expand, repeat.
+"""Selections and repetitions, readings at other positions: slice, select, index, flip, roll, expand, repeat.
 
 Nothing is emitted where the kept entries are read as they lie; a slice where they are read at a constant
 step; else an index_select.
@@ -41,8 +41,6 @@ def _slice(op: Op) -> Reading | None:
     axis = op.axis(op.args["dim"])
     info = op.info_of(op.operands[0])
     bounds = [op.args["start"], op.args["end"]]
-    if op.target is aten.narrow.default:
-        bounds = [op.args["start"], op.args["start"] + op.args["length"]]
     step = op.args.get("step", 1)
     if not info.is_static(axis):
         whole = bounds[0] in (None, 0) and (bounds[1] is None or bounds[1] == LAST) and step == 1
@@ -96,13 +94,27 @@ def _flip(op: Op) -> Reading | None:
     return Reading(tuple(axes))
 
 
+def _roll(op: Op) -> Reading | None:
+    info = op.info_of(op.operands[0])
+    dims, shifts = (
+        [entry] if isinstance(entry, int) else entry for entry in (op.args["dims"], op.args["shifts"])
+    )
+    axes = [axis % info.rank for axis in dims]
+    if len(set(axes)) < len(dims) or not dims or not all(info.is_static(axis) for axis in axes):
+        return None
+    moved = {
+        axis: torch.arange(info.sizes[axis]).roll(shift) for axis, shift in zip(axes, shifts, strict=True)
+    }
+    return Reading(tuple(AxisRead(axis, moved.get(axis)) for axis in range(info.rank)))
+
+
 SELECTIONS: dict[object, Description] = {
     aten.slice.Tensor: _slice,
-    aten.narrow.default: _slice,
     aten.select.int: _select,
     aten.index_select.default: _index_select,
     aten.index.Tensor: _index,
     aten.flip.default: _flip,
+    aten.roll.default: _roll,
 }
 
 
@@ -114,6 +126,8 @@ class Select(ReadingRule):
 
     def rewrite(self, op: Op, rewriter: Rewriter) -> fx.Node:
         reading, x = self.reading(op), op.operands[0]
+        if op.target is aten.roll.default and self.is_uncut(op, reading, rewriter):
+            return rewriter.copy(op.node)
         calls = [
             _read_axis(op, rewriter, axis, read)
             for axis, read in enumerate(reading.axes)
@@ -126,6 +140,15 @@ class Select(ReadingRule):
             else:
                 calls.append((op.target, tuple(rewriter.map(op.node.args[1:]))))
         return chain(op, rewriter, [call for call in calls if call is not None])
+
+    def is_uncut(self, op: Op, reading: Reading, rewriter: Rewriter) -> bool:
+        """Whether the axes that are read at other positions are kept whole on both sides."""
+        x = op.operands[0]
+        moved = [(axis, read) for axis, read in enumerate(reading.axes) if not is_tied(read)]
+        return all(
+            rewriter.index(op.node, axis) is None and rewriter.index(x, read.source or 0) is None
+            for axis, read in moved
+        )
 
 
 def _read_axis(op: Op, rewriter: Rewriter, axis: int, read: AxisRead) -> Call | None:

@@ -1,0 +1,221 @@
+"""Sample calls for every overload in the registry."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passes.rules import registered_rules
+from tests.passes.rules.laws import Sample, X, call
+
+aten = torch.ops.aten
+INF = 2**63 - 1
+
+
+def constant(*shape: int, zeros: float = 0.3, positive: bool = False) -> Tensor:
+    """A constant with some exact zeros (none if it must be positive)."""
+    generator = torch.Generator().manual_seed(sum(shape) + len(shape))
+    value = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if positive:
+        return value.abs() + 0.5
+    return value * (torch.rand(shape, generator=generator) >= zeros)
+
+
+def weight(out: int, inputs: int, *kernel: int) -> Tensor:
+    """A weight with zero rows, zero columns and zero entries."""
+    value = constant(out, inputs, *kernel, zeros=0.1)
+    value[0] = 0.0
+    value[:, -1] = 0.0
+    return value
+
+
+DOMAIN = {
+    "log": (0.5, 2.0), "log2": (0.5, 2.0), "log10": (0.5, 2.0), "log1p": (-0.5, 2.0), "sqrt": (0.1, 2.0),
+    "rsqrt": (0.1, 2.0), "reciprocal": (0.1, 2.0), "acosh": (1.1, 3.0), "asin": (-0.9, 0.9), "acos": (-0.9, 0.9),
+    "atanh": (-0.9, 0.9), "erfinv": (-0.9, 0.9), "logit": (0.1, 0.9), "tan": (-1.0, 1.0),
+}  # fmt: skip
+EXTRA = {
+    "threshold": (0.1, 0.3), "clamp": (-0.5, 0.5), "clamp_min": (-0.5,), "clamp_max": (0.5,),
+    "to": (torch.float32,), "pow": (2.0,),
+}  # fmt: skip
+BOOLEAN = {"logical_not", "bitwise_not", "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor"}
+SHAPES = ((2, 5, 3, 4), (2, 3, 6), (3, 7))
+
+
+def name_of(overload: Any) -> str:
+    return str(overload).split(".")[1]
+
+
+def pointwise(overload: Any) -> list[Sample]:
+    """Unary, scalar and broadcasting binary calls of an elementwise overload."""
+    name, kind = str(overload).split(".")[1:3]
+    low, high = DOMAIN.get(name, (-2.0, 2.0))
+    dtype = torch.bool if name in BOOLEAN else torch.float64
+
+    def x(*shape: int) -> X:
+        return X(shape, dtype, low, high)
+
+    if name == "where":
+        condition = torch.rand(1, 5, 1, 1) < 0.5
+        return [
+            call(overload, X((2, 5, 3, 4), torch.bool), x(2, 5, 3, 4), x(5, 1, 1)),
+            call(overload, condition, x(2, 5, 3, 4), x(2, 5, 3, 4)),
+        ]
+    if kind in {"Scalar", "Tensor_Scalar", "Scalar_mode"}:
+        extra = {"rounding_mode": "floor"} if "mode" in kind else {}
+        return [call(overload, x(*shape), 1.5, **extra) for shape in SHAPES] if name != "pow" or kind != "Scalar" else [
+            call(overload, 1.5, x(2, 5, 3, 4))
+        ]
+    if kind in {"Tensor", "Tensor_Tensor", "Tensor_mode"} or name in TWO_TENSORS:
+        extra = {"rounding_mode": "floor"} if "mode" in kind else {}
+        base = X((2, 5, 3, 4), dtype, 0.5, 2.0) if name == "pow" else x(2, 5, 3, 4)
+        other = torch.rand(5, 1, 1) < 0.5 if dtype == torch.bool else constant(5, 1, 1, positive=name in PARTIAL)
+        second = X((2, 5, 1, 1), dtype, 0.5, 2.0) if name in PARTIAL else x(2, 5, 1, 1)
+        third = X((2, 5, 3, 4), dtype, 0.5, 2.0) if name in PARTIAL else x(2, 5, 3, 4)
+        pairs = [(base, other), (base, second), (base, third)]
+        if name == "clamp":
+            return [call(overload, base, other, None), call(overload, base, None, second)]
+        return [call(overload, *pair, **extra) for pair in pairs]
+    if name == "_to_copy":
+        return [call(overload, x(2, 5, 3, 4), dtype=torch.float32)]
+    return [call(overload, x(*shape), *EXTRA.get(name, ())) for shape in SHAPES]
+
+
+TWO_TENSORS = BOOLEAN - {"logical_not", "bitwise_not"} | {"maximum", "minimum", "atan2", "floor_divide"}
+PARTIAL = {"div", "pow", "fmod", "remainder", "floor_divide", "atan2"}
+
+
+def convolution(overload: Any, rank: int) -> list[Sample]:
+    """Padding, stride, dilation, groups, depthwise; with and without bias; unbatched."""
+    size = (7, 6, 5)[:rank]
+    x = X((2, 6, *size))
+    kernel = (3,) * rank
+    ones, zeros, twos = [1] * rank, [0] * rank, [2] * rank
+    return [
+        call(overload, x, weight(5, 6, *kernel), constant(5), ones, zeros, ones, 1),
+        call(overload, x, weight(5, 6, *kernel), None, ones, ones, ones, 1),
+        call(overload, x, weight(5, 6, *kernel), constant(5), twos, ones, ones, 1),
+        call(overload, x, weight(5, 6, *kernel), constant(5), ones, twos, twos, 1),
+        call(overload, x, weight(5, 6, *([1] * rank)), constant(5), ones, zeros, ones, 1),
+        call(overload, x, weight(6, 1, *kernel), constant(6), ones, ones, ones, 6),
+        call(overload, x, weight(12, 1, *kernel), None, ones, ones, ones, 6),
+        call(overload, x, weight(9, 2, *kernel), constant(9), ones, zeros, ones, 3),
+        call(overload, X((6, *size)), weight(5, 6, *kernel), constant(5), ones, ones, ones, 1),
+    ]
+
+
+def linear(overload: Any) -> list[Sample]:
+    return [call(overload, X(shape), weight(4, 6), bias) for shape in ((3, 6), (2, 3, 6), (6,)) for bias in (constant(4), None)]
+
+
+def resampling(overload: Any) -> list[Sample]:
+    name, kind = str(overload).split(".")[1:3]
+    rank = next(number for number in (1, 2, 3) if f"{number}d" in name)
+    x = X((2, 5, *(3, 4, 2)[:rank]))
+    size, scale = [6, 7, 5][:rank], [2.0] * rank
+    corners: tuple[Any, ...] = () if "nearest" in name else (False,)
+    if kind == "vec":
+        return [call(overload, x, size, *corners, None), call(overload, x, None, *corners, scale)]
+    return [call(overload, x, size, *corners)]
+
+
+def pooling(overload: Any) -> list[Sample]:
+    name = name_of(overload)
+    rank = next(number for number in (1, 2, 3) if f"{number}d" in name)
+    x = X((2, 5, *(7, 6, 4)[:rank]))
+    if name.startswith("adaptive"):
+        return [call(overload, x, [2] * rank), call(overload, X(x.shape[1:]), [1] * rank)]
+    found = [call(overload, x, [2] * rank), call(overload, x, [3] * rank, [2] * rank, [1] * rank)]
+    if name.startswith("max"):
+        found.append(call(overload, x, [2] * rank, [1] * rank, [0] * rank, [2] * rank, True))
+    else:
+        found.append(call(overload, x, [3] * rank, [2] * rank, [1] * rank, True, False))
+    return found
+
+
+def reduction(overload: Any) -> list[Sample]:
+    name, kind = str(overload).split(".")[1:3]
+    x = X((2, 5, 3, 4))
+    if kind == "default" and name in {"mean", "sum", "var", "std"}:
+        return [call(overload, x)]
+    axes = [([2, 3], True), ([2, 3], False), ([-1], False), ([1], True)]
+    if kind == "correction":
+        return [call(overload, x, dims, correction=1, keepdim=keepdim) for dims, keepdim in axes]
+    if kind == "dim" and name in {"var", "std"}:
+        return [call(overload, x, dims, True, keepdim) for dims, keepdim in axes]
+    return [call(overload, x, dims, keepdim) for dims, keepdim in axes]
+
+
+def padding(overload: Any) -> list[Sample]:
+    name = name_of(overload)
+    if name == "constant_pad_nd":
+        x = X((2, 5, 3, 4))
+        return [
+            call(overload, x, pads, value)
+            for pads in ([1, 2], [1, 1, 0, 2], [0, 0, 0, 0, 2, 3], [1, 0, 0, 1, 1, 0], [-1, 1])
+            for value in (0.0, 1.5)
+        ]
+    if name == "pad":
+        return [call(overload, X((2, 5, 4, 4)), [1, 2, 2, 1], mode) for mode in ("reflect", "replicate", "circular")]
+    rank = next(number for number in (1, 2, 3) if f"{number}d" in name)
+    return [call(overload, X((2, 5, *(4, 5, 4)[:rank])), [1, 2] * rank)]
+
+
+SPECIFIC: dict[Any, Callable[[Any], list[Sample]]] = {
+    aten.linear.default: linear,
+    aten.conv1d.default: lambda op: convolution(op, 1),
+    aten.conv2d.default: lambda op: convolution(op, 2),
+    aten.conv3d.default: lambda op: convolution(op, 3),
+    aten.cat.default: lambda op: [
+        call(op, [X((2, 3, 4)), X((2, 2, 4)), constant(2, 2, 4)], 1),
+        call(op, [X((2, 3, 4)), X((2, 3, 1))], -1),
+    ],
+    aten.stack.default: lambda op: [call(op, [X((2, 3, 4)), X((2, 3, 4))], axis) for axis in (0, 1, -1)],
+    aten.permute.default: lambda op: [call(op, X((2, 3, 4)), [0, 2, 1]), call(op, X((2, 3, 4)), [2, 0, 1])],
+    aten.transpose.int: lambda op: [call(op, X((2, 3, 4)), 1, 2), call(op, X((2, 3, 4)), 0, -1)],
+    aten.t.default: lambda op: [call(op, X((3, 4)))],
+    aten.unsqueeze.default: lambda op: [call(op, X((3, 4)), axis) for axis in (0, 1, -1)],
+    aten.squeeze.default: lambda op: [call(op, X((3, 1, 4)))],
+    aten.squeeze.dim: lambda op: [call(op, X((3, 1, 4)), 1), call(op, X((3, 1, 4)), 0)],
+    aten.squeeze.dims: lambda op: [call(op, X((3, 1, 4, 1)), [1, 3])],
+    aten.slice.Tensor: lambda op: [
+        call(op, X((2, 8, 3)), 1, 2, 6), call(op, X((2, 8, 3)), 1, 1, INF, 3), call(op, X((2, 8, 3)), -2, -5, -1),
+    ],
+    aten.narrow.default: lambda op: [call(op, X((2, 8, 3)), 1, 2, 4)],
+    aten.select.int: lambda op: [call(op, X((2, 8, 3)), 1, 3), call(op, X((2, 8, 3)), -1, -1)],
+    aten.index_select.default: lambda op: [call(op, X((2, 8, 3)), 1, torch.tensor([5, 1, 1, 7]))],
+    aten.index.Tensor: lambda op: [call(op, X((2, 8, 3)), [None, torch.tensor([5, 1, 1, 7])])],
+    aten.flip.default: lambda op: [call(op, X((2, 5, 3)), [1]), call(op, X((2, 5, 3)), [1, 2])],
+    aten.roll.default: lambda op: [call(op, X((2, 5, 3)), [2], [1])],
+    aten.expand.default: lambda op: [call(op, X((2, 1, 3)), [2, 4, -1]), call(op, X((3, 1)), [2, 3, 5])],
+    aten.repeat.default: lambda op: [call(op, X((2, 3)), [1, 2]), call(op, X((2, 3)), [4, 1, 1])],
+    aten.flatten.using_ints: lambda op: [call(op, X((2, 3, 4)), 1), call(op, X((2, 3, 4)), 0, 1)],
+    aten.unflatten.int: lambda op: [call(op, X((2, 12, 2)), 1, [3, 4])],
+}  # fmt: skip
+for _view in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+    SPECIFIC[_view] = lambda op: [
+        call(op, X((2, 6, 4)), [2, 24]),
+        call(op, X((2, 24)), [2, 6, 4]),
+        call(op, X((2, 6, 4)), [2, 3, 8]),
+        call(op, X((2, 4, 6)), [2, 3, 8]),
+        call(op, X((2, 3, 1, 4)), [2, 12, 1]),
+    ]
+
+FAMILIES: dict[str, Callable[[Any], list[Sample]]] = {
+    "pointwise": pointwise,
+    "window": pooling,
+    "reduction": reduction,
+    "padding": padding,
+    "resample": resampling,
+}
+
+
+def samples_of(overload: Any) -> list[Sample]:
+    """The sample calls of an overload; an overload without any is an error of the tests."""
+    if overload in SPECIFIC:
+        return SPECIFIC[overload](overload)
+    family = type(registered_rules()[overload]).__module__.rsplit(".", 1)[1]
+    if family not in FAMILIES:
+        raise AssertionError(f"{overload} is registered but has no sample; add one to tests/passes/rules/samples.py")
+    return FAMILIES[family](overload)
