@@ -1,12 +1,13 @@
 """The dense baseline: the plain architecture at full width, without any noise arithmetic.
 
-It is for sizes and timings alone: masked channels hold zero rows, and a multiplication by a mask that could not be folded
-into a weight is dropped, since the network that was trained with it would not have it.
+It is for sizes and timings alone: masked channels hold zero rows, and a multiplication by a mask that could
+not be folded into a weight is dropped, since the network that was trained with it would not have it.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 from passes import Canonicalize, FoldScales, Pipeline, RemoveDead
 from passes.ir.program import Program
@@ -16,7 +17,7 @@ aten = torch.ops.aten
 
 
 def plain_architecture(program: Program) -> Program:
-    """The Program with its scales folded and the remaining masks dropped."""
+    """Return the Program with its scales folded and the remaining masks dropped."""
     folding = Pipeline((FoldScales(), Canonicalize()), name="fold", repeat=True)
     folded = Pipeline((Canonicalize(), folding, RemoveDead()), name="dense")(program).program
     rewriter = Rewriter(folded)
@@ -30,13 +31,15 @@ def plain_architecture(program: Program) -> Program:
     return rewriter.finish()
 
 
-def _masked_operand(program: Program, node):  # type: ignore[no-untyped-def]
-    """x where the call is x * mask with zeros in the mask."""
+def _masked_operand(program: Program, node: fx.Node) -> fx.Node | None:
+    """Return x where the call is x * mask with zeros in the mask."""
     if node.target is not aten.mul.Tensor:
         return None
     first, second = node.args
     for x, other in ((first, second), (second, first)):
         mask = program.constant(other)
-        if mask is not None and bool((mask == 0).any()) and program.infos[x].sizes == program.infos[node].sizes:
+        if not isinstance(x, fx.Node) or mask is None or not bool((mask == 0).any()):
+            continue
+        if program.infos[x].sizes == program.infos[node].sizes:
             return x
     return None

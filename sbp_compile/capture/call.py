@@ -29,6 +29,10 @@ class Call:
     fixed: Mapping[int, Any]
     tensor_positions: tuple[int, ...]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Call:
+        """Return the call itself: nothing in it changes, and torch's leaf specs warn when they are copied."""
+        return self
+
     def tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return the tensors of another call, in the order of the network's inputs.
 

@@ -27,7 +27,7 @@ def program_from_export(exported: ExportedProgram) -> Program:
     buffer is what an attention mask looks like.)
     """
     with quiet_export():
-        exported = exported.run_decompositions({})
+        exported = _decomposed(exported)
     graph = fx.Graph()
     constants: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -58,6 +58,16 @@ def program_from_export(exported: ExportedProgram) -> Program:
     graph.create_node("output", "output", (tuple(_results(exported, env)),), {}, name="output")
     _refuse_broken_values(graph, constants, parameters=set(exported.graph_signature.parameters))
     return Program(graph, constants, dtypes, tuple(inputs))
+
+
+def _decomposed(exported: ExportedProgram) -> ExportedProgram:
+    try:
+        decomposed: ExportedProgram = exported.run_decompositions({})
+        return decomposed
+    except Exception as error:  # whatever torch does not like about the user's model
+        raise UnsupportedModelError(
+            f"torch {torch.__version__} cannot bring the model into its ATen dialect ({error})"
+        ) from error
 
 
 def _call(graph: fx.Graph, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> fx.Node:

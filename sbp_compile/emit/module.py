@@ -19,8 +19,8 @@ SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 class CompiledModule(nn.Module):
     """The small network with the original's call signature and output structure; `compiled_module` makes it.
 
-    An ordinary module: it can be copied, pickled, moved, cast and exported again; train and eval mode are the
-    same. Arguments that are no tensors (numbers, None) were fixed at capture and must be given as they were.
+    An ordinary module: it can be copied, moved, cast and exported again; train and eval mode are the same.
+    Arguments that are no tensors (numbers, None) were fixed at capture and must be given as they were.
     """
 
     def __init__(self, network: fx.GraphModule, call: Call) -> None:

@@ -1,0 +1,169 @@
+"""The ONNX file: names, dimensions, metadata, external weights."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import sbp_compile
+from passes import Program
+from sbp_compile.emit import onnx_file
+from sbp_compile.emit.module import emit_graph_module
+from sbp_compile.errors import OutputError, VerificationError
+from tests.networks import Masked, assert_close, run_onnx
+
+
+class Clashing(nn.Module):
+    """Result keys that are also names of inputs, of values inside the graph, or of each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Masked()
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        y = self.body(x)
+        inner = {"b": y + 2}
+        return {"relu": y, "linear": torch.sigmoid(y), "x": x * 2, "a.b": y + 1, "a": inner, "same": x}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    torch.manual_seed(0)
+    module, path = Clashing().eval(), tmp_path_factory.mktemp("onnx") / "small.onnx"
+    sbp_compile.compile(module, torch.randn(4, 6)).save(path)
+    return module, path
+
+
+def test_no_name_stands_for_two_values(saved: tuple[nn.Module, Path]) -> None:
+    module, path = saved
+    names = [entry.name for entry in onnx.load(path).graph.output]
+    assert names == ["relu", "linear", "x_output", "a.b", "a.b_output", "same"]
+    x = torch.randn(3, 6)
+    results = dict(zip(names, run_onnx(path, x), strict=True))
+    wanted = module(x)
+    for key in ("relu", "linear", "a.b", "same"):
+        assert_close(wanted[key].detach(), results[key])
+    assert_close(wanted["x"].detach(), results["x_output"])
+    assert_close(wanted["a"]["b"].detach(), results["a.b_output"])
+
+
+def test_it_passes_the_checker_and_every_value_has_a_shape(saved: tuple[nn.Module, Path]) -> None:
+    model = onnx.load(saved[1])
+    onnx.checker.check_model(model, full_check=True)
+    shaped = {entry.name for entry in (*model.graph.value_info, *model.graph.output)}
+    assert {name for node in model.graph.node for name in node.output} <= shaped
+
+
+def test_the_batch_axis_is_called_batch(saved: tuple[nn.Module, Path]) -> None:
+    graph = onnx.load(saved[1]).graph
+    for entry in (*graph.input, *graph.output):
+        assert entry.type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_metadata_say_what_it_was_made_from(saved: tuple[nn.Module, Path]) -> None:
+    model = onnx.load(saved[1])
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["sbp_compile.kept_channels"] == "body.first=4/8, body.second=3/3"
+    assert metadata["sbp_compile.macs"] == "36 of 72"
+    assert len(metadata["sbp_compile.source_sha256"]) == 64
+    assert "sbp_compile.version" in metadata
+    assert model.producer_name == "sbp_compile"
+
+
+def test_it_says_nothing_of_the_machine_it_was_made_on(saved: tuple[nn.Module, Path]) -> None:
+    content = saved[1].read_bytes()
+    assert str(Path.cwd()).encode() not in content
+    assert b".py" not in content
+
+
+def test_outputs_that_are_no_tensors_are_left_out(tmp_path: Path) -> None:
+    class Sparse(Masked):
+        def forward(self, x: Tensor) -> tuple[None, Tensor, int]:
+            return None, super().forward(x), 7
+
+    module = Sparse()
+    compiled = sbp_compile.compile(module, torch.randn(4, 6))
+    compiled.save(tmp_path / "small.onnx")
+    assert compiled.output_names == (None, "output_1", None)
+    x = torch.randn(2, 6)
+    assert compiled.module(x)[::2] == (None, 7)
+    [result] = run_onnx(tmp_path / "small.onnx", x)
+    assert_close(module(x)[1].detach(), result)
+
+
+class Large(nn.Module):
+    """Weights of more than a kilobyte, below which ONNX never takes them out of the file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(32, 64)
+        self.second = nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> sbp_compile.Compiled:
+    torch.manual_seed(0)
+    monkeypatch.setattr(onnx_file, "LARGEST_EMBEDDED", 4000)
+    return sbp_compile.compile(Large(), torch.randn(4, 32))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_large_weights_go_to_a_second_file_that_is_found(large: sbp_compile.Compiled, tmp_path: Path) -> None:
+    large.save(tmp_path / "small.onnx")
+    assert names(tmp_path) == ["small.onnx", "small.onnx.data"]
+    assert (tmp_path / "small.onnx").stat().st_size < 4000 < (tmp_path / "small.onnx.data").stat().st_size
+    x = torch.randn(5, 32)
+    assert_close(large.module(x).detach(), run_onnx(tmp_path / "small.onnx", x)[0])
+    onnx.checker.check_model(str(tmp_path / "small.onnx"))
+
+
+def test_both_files_are_replaced_and_work_in_another_folder(
+    large: sbp_compile.Compiled, tmp_path: Path
+) -> None:
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "small.onnx").write_bytes(b"old")
+    (folder / "small.onnx.data").write_bytes(b"old")
+    large.save(folder / "small.onnx")
+    folder.rename(tmp_path / "two")
+    x = torch.randn(5, 32)
+    assert_close(large.module(x).detach(), run_onnx(tmp_path / "two" / "small.onnx", x)[0])
+
+
+def test_neither_file_is_left_where_verification_fails(
+    large: sbp_compile.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def emit_wrongly(program: Program) -> fx.GraphModule:
+        module = emit_graph_module(program)
+        with torch.no_grad():
+            module.get_parameter("first_weight").add_(1.0)
+        return module
+
+    monkeypatch.setattr(onnx_file, "emit_graph_module", emit_wrongly)
+    (tmp_path / "small.onnx.data").write_bytes(b"old")
+    with pytest.raises(
+        VerificationError, match=r"the values part at linear \(aten.linear.default in first\)"
+    ):
+        large.save(tmp_path / "small.onnx")
+    assert names(tmp_path) == ["small.onnx.data"]
+    assert (tmp_path / "small.onnx.data").read_bytes() == b"old"
+
+
+def test_neither_file_is_left_where_the_disk_is_full(
+    large: sbp_compile.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx, "save_model", refuse)
+    with pytest.raises(OutputError, match="no space left on device"):
+        large.save(tmp_path / "small.onnx")
+    assert not names(tmp_path)
