@@ -163,7 +163,9 @@ def _compile(options: argparse.Namespace, console: Console) -> Compiled:
         status.update("writing and verifying")
         compiled.save(options.output)
     console.print(compiled.report)
-    console.print(f"[bold]{escape(str(options.output))}[/bold]: {_proof(compiled)}", highlight=False)
+    console.print(
+        f"[bold]{escape(str(options.output))}[/bold]: {_proof(compiled)}", highlight=False, soft_wrap=True
+    )
     return compiled
 
 

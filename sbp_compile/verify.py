@@ -2,8 +2,9 @@
 
 One measure everywhere: the error of b against a is max|a - b| / max|a| for each output (0/0 is equal), over
 the entries at which a is finite. Tolerances: 1e-12 in float64; in float32 1e-5, or three times the original's
-own float32 error against float64 where that is larger (the report says so). Outputs that are no floats (classes,
-comparisons) are compared where a small change of the original's weights leaves them as they are: not at ties.
+own float32 error against float64 where that is larger (the report says so). Outputs that are no floats
+(classes, comparisons) are compared where a small change of the original's weights leaves them as they are: not
+at ties.
 """
 
 from __future__ import annotations
