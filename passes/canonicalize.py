@@ -3,7 +3,8 @@
 - constant subgraphs (deterministic, from constants alone) are evaluated once: a noise layer becomes one vector;
 - copies, no-op casts and assertions go; sizes are taken from the network's inputs;
 - addmm, mm and matmul with a constant become linear; every convolution becomes conv1d, conv2d or conv3d;
-- batch norm in eval mode becomes y = x * scale + shift with scale = gamma / sqrt(var + eps), shift = beta - mean * scale;
+- batch norm in eval mode becomes y = x * scale + shift with scale = gamma / sqrt(var + eps) and
+  shift = beta - mean * scale;
 - pooling, extrema and padding have one spelling each (passes/spellings.py);
 - split, chunk and unbind become slices; every view becomes a reshape, which needs no copy in front of it;
 - x + 0, x * 1 and the like go.
@@ -45,7 +46,9 @@ class Canonicalize:
 
 
 def _same_calls(first: Program, second: Program) -> bool:
-    return [(node.op, node.target) for node in first.nodes] == [(node.op, node.target) for node in second.nodes]
+    return [(node.op, node.target) for node in first.nodes] == [
+        (node.op, node.target) for node in second.nodes
+    ]
 
 
 def fold_constants(program: Program) -> Program:
@@ -79,9 +82,8 @@ def _is_foldable(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
 
 
 def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
     with torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return schema.call(node, values.__getitem__)
 
 
 def rewrite_calls(program: Program) -> Program:
@@ -125,11 +127,11 @@ def _size(op: Op, rewriter: Rewriter) -> fx.Node | int | None:
     info = op.program.infos.get(source)  # type: ignore[arg-type]
     if info is None:
         return None
-    axis %= info.rank
+    axis = int(axis) % info.rank
     if info.is_static(axis):
         return info.sizes[axis]
     found = size_source(op.program, info, axis)
-    return None if found is None else rewriter.size_node(found, op.node)
+    return rewriter.size_node(found, op.node) if found is not None else None
 
 
 def _batch_norm(op: Op, rewriter: Rewriter) -> fx.Node | None:
@@ -308,9 +310,11 @@ def _view(op: Op, rewriter: Rewriter) -> fx.Node | None:
         return rewriter.value(source)
     entries = enumerate(rewriter.map(op.arg("size", "shape")))
     sizes = [op.out.sizes[axis] if op.out.is_static(axis) else entry for axis, entry in entries]
-    nodes = [axis for axis, size in enumerate(sizes) if isinstance(size, fx.Node)]
-    if nodes and -1 not in sizes:
-        sizes[max(nodes, key=lambda axis: _distance_to_input(sizes[axis]))] = -1
+    distances = {
+        axis: _distance_to_input(size) for axis, size in enumerate(sizes) if isinstance(size, fx.Node)
+    }
+    if distances and -1 not in sizes:
+        sizes[max(distances, key=distances.__getitem__)] = -1
     return rewriter.call(aten.reshape.default, (rewriter.value(source), sizes), like=op.node)
 
 

@@ -37,7 +37,7 @@ class Affine:
     shift: Tensor
 
     def then(self, after: Affine) -> Affine | None:
-        """This map followed by another; None where they vary along different axes."""
+        """Compose with the map that comes after; None where they vary along different axes."""
         if self.axis is not None and after.axis is not None and self.axis != after.axis:
             return None
         axis = self.axis if after.axis is None else after.axis
@@ -130,7 +130,8 @@ def affine_step(program: Program, node: fx.Node) -> tuple[fx.Node, Affine] | Non
     if any(part is None for part in parts) or len(axes) > 1 or x_info.dtype != info.dtype:
         return None
     scale_vector, shift_vector = (part[1] for part in parts if part is not None)
-    return x, Affine(next(iter(axes), None), *torch.broadcast_tensors(scale_vector, shift_vector))
+    size = max(scale_vector.numel(), shift_vector.numel())
+    return x, Affine(next(iter(axes), None), scale_vector.expand(size), shift_vector.expand(size))
 
 
 def _vector(value: Tensor, rank: int) -> tuple[int | None, Tensor] | None:
@@ -265,7 +266,9 @@ def _pull(program: Program, node: fx.Node, joint: Affine) -> list[tuple[fx.Node,
     return None
 
 
-def _push(program: Program, node: fx.Node, joint: Affine) -> tuple[dict[fx.Node, Affine], set[fx.Node]] | None:
+def _push(
+    program: Program, node: fx.Node, joint: Affine
+) -> tuple[dict[fx.Node, Affine], set[fx.Node]] | None:
     """The consumers that take the map and the nodes passed on the way; None if some user cannot take it."""
     takers: dict[fx.Node, Affine] = {}
     passed: set[fx.Node] = set()
@@ -325,9 +328,7 @@ def _through(op: Op, joint: Affine, *, backward: bool) -> tuple[fx.Node | None, 
 
 def _pool_axis(op: Op) -> int:
     """The channel axis of a pooling call: the one before the pooled axes."""
-    window = next(op.args[name] for name in ("kernel_size", "output_size") if name in op.args)
     rank = {"1d": 1, "2d": 2, "3d": 3}[str(op.target).split(".")[1][-2:]]
-    del window
     return op.out.rank - rank - 1
 
 
@@ -341,10 +342,8 @@ def _renumber(op: Op, joint: Affine, backward: bool) -> Affine | None:
     if count > LARGEST_RENUMBERING or count == 0 or not here.is_static(joint.axis):
         return None
     sizes = here.sizes
-    positions = torch.arange(count).reshape(target.sizes if backward else source.sizes)
     labels = along(torch.arange(sizes[joint.axis]), joint.axis, here.rank).expand(sizes).flatten()
-    moved = _apply_view(op, source.sizes, torch.arange(count).reshape(source.sizes), target.sizes)
-    del positions
+    moved = _apply_view(op, torch.arange(count).reshape(source.sizes), target.sizes)
     if backward:
         flat = torch.empty(count, dtype=torch.int64)
         flat[moved.flatten()] = labels
@@ -353,9 +352,10 @@ def _renumber(op: Op, joint: Affine, backward: bool) -> Affine | None:
     return _along_one_axis(flat.reshape(there.sizes), joint, there)
 
 
-def _apply_view(op: Op, _: tuple[int, ...], positions: Tensor, out_sizes: tuple[int, ...]) -> Tensor:
+def _apply_view(op: Op, positions: Tensor, out_sizes: tuple[int, ...]) -> Tensor:
     if op.target in {aten.permute.default, aten.transpose.int}:
-        return op.target(positions, *op.node.args[1:])  # type: ignore[operator,no-any-return]
+        moved: Tensor = op.target(positions, *op.node.args[1:])
+        return moved
     return positions.reshape(out_sizes)
 
 
@@ -417,11 +417,16 @@ def produced(weight: Tensor, bias: Tensor | None, after: Affine) -> tuple[Tensor
     return scaled, held * after.scale + after.shift
 
 
-def consumed(this: Contraction, weight: Tensor, bias: Tensor | None, before: Affine) -> tuple[Tensor, Tensor | None]:
+def consumed(
+    this: Contraction, weight: Tensor, bias: Tensor | None, before: Affine
+) -> tuple[Tensor, Tensor | None]:
     """Weights of W (s x + t) + b."""
+
     def per_input(vector: Tensor) -> Tensor:
         grouped = vector.expand(this.in_channels).reshape(this.groups, 1, this.in_per_group)
-        rows = grouped.expand(-1, this.out_channels // this.groups, -1).reshape(this.out_channels, this.in_per_group)
+        rows = grouped.expand(-1, this.out_channels // this.groups, -1).reshape(
+            this.out_channels, this.in_per_group
+        )
         return rows.reshape(*rows.shape, *([1] * this.spatial_rank))
 
     if before.has_shift:
@@ -430,7 +435,9 @@ def consumed(this: Contraction, weight: Tensor, bias: Tensor | None, before: Aff
     return weight * per_input(before.scale), bias
 
 
-def _emit_affine(program: Program, rewriter: Rewriter, tail: fx.Node, base: fx.Node, joint: Affine) -> fx.Node:
+def _emit_affine(
+    program: Program, rewriter: Rewriter, tail: fx.Node, base: fx.Node, joint: Affine
+) -> fx.Node:
     info = program.infos[tail]
     dtype = tail.meta.get("dtype", info.dtype)
     x = rewriter.value(base)
@@ -440,6 +447,8 @@ def _emit_affine(program: Program, rewriter: Rewriter, tail: fx.Node, base: fx.N
     ):
         if wanted:
             shaped = along(vector, info.rank - 1 if joint.axis is None else joint.axis, info.rank)
-            constant = rewriter.constant(shaped, f"{tail.name}_{'shift' if last and joint.has_shift else 'scale'}", dtype)
+            constant = rewriter.constant(
+                shaped, f"{tail.name}_{'shift' if last and joint.has_shift else 'scale'}", dtype
+            )
             x = rewriter.call(target, (x, constant), like=tail, step="" if last else "scale")
     return x

@@ -1,6 +1,6 @@
 """select_inputs: a gather in front of a linear layer that reads few of its input's entries.
 
-A view or the network's interface can force x to keep entries that the layer does not need (a zero column, or a constant):
+A view or the network's interface can force x to keep entries that the layer does not need (zero columns, constants):
 
     y = W x + b  =  W[:, I] x[I] + (b + W[:, R] x_R),   I the entries needed, R the others
 
@@ -67,7 +67,9 @@ class SelectInputs:
         known = all_over_others(facts.known, this.axis, this.in_channels) & read
         extra = torch.zeros(this.out_channels, dtype=this.weight.dtype)
         if bool(known.any()):
-            part = this.contribution(facts.known_value, known.nonzero().flatten(), torch.arange(this.out_channels))
+            part = this.contribution(
+                facts.known_value, known.nonzero().flatten(), torch.arange(this.out_channels)
+            )
             if part is not None and is_uniform(part, this.axis):
                 unneeded, extra = unneeded | known, part.reshape(-1, this.out_channels)[0]
         count = int(unneeded.sum())

@@ -33,7 +33,9 @@ Command: `python tools/exactness.py --write`
 
 def main() -> None:
     """Measure and print, or write, the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--masked", type=float, default=0.5)
     parser.add_argument("--network", choices=sorted(NETWORKS), action="append")
     parser.add_argument("--write", action="store_true")

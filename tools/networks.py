@@ -1,6 +1,6 @@
 """Networks with noise at chosen places and random masks, for measurements.
 
-Every network takes a `Places` object that says where noise layers go; `mask_randomly` then switches units off. Batch norm
+Every network takes a `Places` object that says where noise layers go; `as_trained` then switches units off. Batch norm
 has statistics and an affine map as after training, biases are not zero: a masked channel leaves a constant behind.
 """
 
@@ -39,7 +39,9 @@ class Places:
 class Unit(nn.Module):
     """convolution -> noise -> + bias -> batch norm -> noise -> relu -> noise."""
 
-    def __init__(self, places: Places, inputs: int, outputs: int, kernel: int, stride: int = 1, act: bool = True):
+    def __init__(
+        self, places: Places, inputs: int, outputs: int, kernel: int, stride: int = 1, act: bool = True
+    ):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
         self.before = places.noise("before norm", outputs)
@@ -73,7 +75,9 @@ class Head(nn.Module):
 class Plain(nn.Module):
     """LeNet-5 and VGG: units with pooling between them, then a head."""
 
-    def __init__(self, places: Places, image: Sequence[int], widths: Sequence[int], pools: Sequence[int], kernel: int):
+    def __init__(
+        self, places: Places, image: Sequence[int], widths: Sequence[int], pools: Sequence[int], kernel: int
+    ):
         super().__init__()
         channels, size, _ = image
         self.shape = tuple(image)
@@ -160,7 +164,11 @@ class DenseNet(nn.Module):
         for _ in range(2):
             block = nn.ModuleList()
             for _ in range(layers):
-                block.append(nn.Sequential(PreUnit(places, channels, 2 * growth, 1), PreUnit(places, 2 * growth, growth, 3)))
+                block.append(
+                    nn.Sequential(
+                        PreUnit(places, channels, 2 * growth, 1), PreUnit(places, 2 * growth, growth, 3)
+                    )
+                )
                 channels += growth
             self.blocks.append(block)
             self.transitions.append(PreUnit(places, channels, channels // 2, 1))

@@ -1,8 +1,8 @@
 """The two sweeps and the solution of the keep sets, independent of any operator.
 
 1. `forward`: facts of every value, in graph order; on a DAG one sweep is the fixpoint.
-2. `backward`: demand, in reverse order. `dead <= live`: an entry is dead when no live output depends on it. A known entry
-   of a result asks nothing of its operands: known beats dead.
+2. `backward`: demand, in reverse order. `dead <= live`: an entry is dead when no live output depends on it. A known
+   entry of a result asks nothing of its operands: known beats dead.
 3. `solve`: keep sets start at live & unknown, then the couplings widen them until nothing changes.
 """
 
@@ -89,8 +89,7 @@ def _evaluate(op: Op, known: Sequence[Facts]) -> Facts | None:
     """The op itself on its operands' constants, where everything is known and static; else None."""
     if not known or not op.out.all_static or not schema.is_deterministic(op.target):
         return None
-    tensors = {node for node in op.node.all_input_nodes}
-    if tensors != set(op.operands) or not all(fact.all_known for fact in known):
+    if set(op.node.all_input_nodes) != set(op.operands) or not all(fact.all_known for fact in known):
         return None
     infos = [op.info_of(operand) for operand in op.operands]
     if max(_numel(info) for info in (*infos, op.out)) > LARGEST_CONSTANT:
@@ -99,8 +98,7 @@ def _evaluate(op: Op, known: Sequence[Facts]) -> Facts | None:
         operand: fact.value.expand(info.sizes)
         for operand, fact, info in zip(op.operands, known, infos, strict=True)
     }
-    args, kwargs = fx.node.map_arg((op.node.args, dict(op.node.kwargs)), env.__getitem__)
-    return Facts.constant(op.target(*args, **kwargs)).compress()
+    return Facts.constant(schema.call(op.node, env.__getitem__)).compress()
 
 
 def _numel(info: TensorInfo) -> int:
@@ -184,7 +182,11 @@ def solve(
     keep = KeepSets(infos)
     for node in infos:
         known = facts[node.name].known
-        whole = node.op == "call_function" and facts[node.name].all_known and not is_constant(program, node, facts)
+        whole = (
+            node.op == "call_function"
+            and facts[node.name].all_known
+            and not is_constant(program, node, facts)
+        )
         keep.start(node, demand[node.name] if whole else demand[node.name] & ~known)
     live = [op for op in ops.values() if not is_constant(program, op.node, facts)]
     for node in (*program.output_node.all_input_nodes, *_placeholders(program)):

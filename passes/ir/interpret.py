@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from passes.ir import schema
 from passes.ir.program import Program
 
 Observer = Callable[[fx.Node, Any], None]
@@ -40,8 +41,7 @@ def _value(program: Program, node: fx.Node, feeds: dict[str, Tensor], env: dict[
         return feeds[str(node.target)]
     if node.op == "get_attr":
         return program.constants[str(node.target)]
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return schema.call(node, env.__getitem__)
 
 
 def _last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:

@@ -1,7 +1,7 @@
-"""The lattice: what is known of each entry of a value before any input is seen.
+r"""The lattice: what is known of each entry of a value before any input is seen.
 
           unknown            (may depend on the input)
-         /   |   \\
+         /   |   \
      ... c1  c2  c3 ...      (this entry is that number for every input)
 
 A fact is a pair of tensors, values and an explicit known-mask, both *broadcastable* to the value's shape: size 1 along

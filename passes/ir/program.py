@@ -94,7 +94,7 @@ class Program:
 
     @property
     def output_node(self) -> fx.Node:
-        return next(iter(reversed(self.graph.nodes)))
+        return self.nodes[-1]
 
     @property
     def outputs(self) -> tuple[Any, ...]:
@@ -171,11 +171,9 @@ def run_on_meta(program: Program, sizes: Iterable[tuple[int, ...]]) -> dict[fx.N
 def _call_on_meta(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     if any(env[operand] is _FAILED for operand in node.all_input_nodes):
         return _FAILED
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-    if kwargs.get("device") is not None:
-        kwargs["device"] = torch.device("meta")
+    device = {} if node.kwargs.get("device") is None else {"device": torch.device("meta")}
     try:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return schema.call(node, env.__getitem__, **device)
     except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
         return _FAILED
 
@@ -183,13 +181,14 @@ def _call_on_meta(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
 class Op:
     """A call seen by a rule: arguments by name, tensor operands in order, sizes.
 
-    `cache` is the rule's own memory for what it derives from the call and its facts; an Op lives as long as its Program.
+    `cache` is the rule's own memory for what it derives from the call and its facts; an Op lives as long as its
+    Program.
     """
 
     def __init__(self, program: Program, node: fx.Node) -> None:
         self.program = program
         self.node = node
-        self.target = node.target
+        self.target: Any = node.target
         self.info = program.infos.get(node)
         self.cache: dict[str, Any] = {}
         self.operands = tuple(

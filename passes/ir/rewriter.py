@@ -128,14 +128,18 @@ class Rewriter:
 
     def size_node(self, source: tuple[str, int], like: fx.Node) -> fx.Node:
         """The run-time size of an input's axis."""
-        placeholder = next(new for old, new in self.env.items() if old.op == "placeholder" and old.target == source[0])
+        placeholder = next(
+            new for old, new in self.env.items() if old.op == "placeholder" and old.target == source[0]
+        )
         return self.call(aten.sym_size.int, (placeholder, source[1]), like=like, step="size")
 
     def context(self, node: fx.Node) -> str:
         """The lines of the old graph around a node, for error messages."""
         nodes = self.program.nodes
         position = nodes.index(node)
-        return " | ".join(entry.format_node() or entry.name for entry in nodes[max(0, position - 1) : position + 2])
+        return " | ".join(
+            entry.format_node() or entry.name for entry in nodes[max(0, position - 1) : position + 2]
+        )
 
     def _sliced_constant(self, node: fx.Node, constant: Tensor) -> fx.Node:
         return self.constant(self.slice(constant, node), str(node.target), self.dtype_of(node))

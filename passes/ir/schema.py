@@ -1,7 +1,11 @@
-"""What torch does not publish about an operator, wrapped in one place (tests/passes/ir/test_schema.py says when it breaks)."""
+"""What torch does not publish about an operator, wrapped in one place.
+
+tests/passes/ir/test_schema.py says when it breaks.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +29,13 @@ def bind(node: fx.Node) -> dict[str, Any]:
     return bound
 
 
+def call(node: fx.Node, value_of: Callable[[fx.Node], Any], **changed: Any) -> Any:
+    """Call a node's target with every node among its arguments replaced; `changed` overrides keywords."""
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
+    target: Callable[..., Any] = node.target  # type: ignore[assignment]
+    return target(*args, **{**kwargs, **changed})
+
+
 def is_deterministic(target: object) -> bool:
     """Whether equal inputs give equal results and nothing is mutated."""
     if not isinstance(target, torch._ops.OpOverload):
@@ -35,7 +46,10 @@ def is_deterministic(target: object) -> bool:
 
 def is_random(node: fx.Node) -> bool:
     """Whether a call draws random numbers: what torch tags so, unless it is told not to (dropout in eval mode)."""
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+    if (
+        not isinstance(node.target, torch._ops.OpOverload)
+        or torch.Tag.nondeterministic_seeded not in node.target.tags
+    ):
         return False
     bound = bind(node)
     if bound.get("train", bound.get("training", True)) is False:

@@ -34,7 +34,7 @@ from passes.rules.base import Rule, rule
 
 aten = torch.ops.aten
 
-CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
+CONVOLUTIONS: dict[object, int] = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
 LINEAR = aten.linear.default
 
 
@@ -71,7 +71,7 @@ class Contraction:
         self.bias = op.constant("bias")
         self.x: fx.Node = op.args["input"]
         self.info = op.info_of(self.x)
-        self.spatial_rank = CONVOLUTIONS.get(op.target, 0)
+        self.spatial_rank: int = CONVOLUTIONS.get(op.target, 0)
         self.axis = self.info.rank - 1 - self.spatial_rank
         self.spatial = tuple(range(self.axis + 1, self.info.rank))
         self.leading = tuple(range(self.axis))
@@ -104,7 +104,8 @@ class Contraction:
             return F.linear(x, weight)
         names = ("stride", "padding", "dilation")
         stride, padding, dilation = (list(self.per_spatial(name)) for name in names)
-        return self.op.target(x, weight, None, stride, padding, dilation, groups)  # type: ignore[operator]
+        result: Tensor = self.op.target(x, weight, None, stride, padding, dilation, groups)
+        return result
 
     def has_dynamic_border(self) -> bool:
         """Whether some dynamic axis is padded, so that border effects cannot be laid out."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
+from passes.ir import schema
 from passes.ir.keep import KeepSets
 from passes.ir.lattice import Facts, full_mask, reduce_to
 from passes.ir.program import Op
@@ -64,9 +65,7 @@ class Pointwise(Rule):
         if not any(fact.any_known for fact in facts):
             return Facts.unknown(op.out)
         env = {operand: fact.known_value for operand, fact in zip(op.operands, facts, strict=True)}
-        args, kwargs = fx.node.map_arg((op.node.args, dict(op.node.kwargs)), env.__getitem__)
-        value = op.target(*args, **kwargs)
-        return Facts(value, self.known(op, facts))
+        return Facts(schema.call(op.node, env.__getitem__), self.known(op, facts))
 
     def known(self, op: Op, facts: Sequence[Facts]) -> Tensor:
         """Where the result is known: where every operand is."""
@@ -128,7 +127,9 @@ class Where(Pointwise):
         never = _aligned(condition.known & ~condition.value, rank)
         always = _aligned(condition.known & condition.value, rank)
         masks = (demand & ~(never | always), demand & ~never, demand & ~always)
-        return [reduce_to(mask, op.info_of(operand)) for mask, operand in zip(masks, op.operands, strict=True)]
+        return [
+            reduce_to(mask, op.info_of(operand)) for mask, operand in zip(masks, op.operands, strict=True)
+        ]
 
 
 def couple_broadcast(op: Op, operand: fx.Node, keep: KeepSets) -> None:
@@ -166,4 +167,6 @@ def _zeros(op: Op, facts: Sequence[Facts]) -> Tensor | None:
 def _with_zeros(facts: Facts, zeros: Tensor | None) -> Facts:
     if zeros is None or not bool(zeros.any()):
         return facts
-    return Facts(torch.where(zeros, torch.zeros((), dtype=facts.value.dtype), facts.value), facts.known | zeros)
+    return Facts(
+        torch.where(zeros, torch.zeros((), dtype=facts.value.dtype), facts.value), facts.known | zeros
+    )

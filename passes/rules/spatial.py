@@ -142,7 +142,7 @@ class SpatialRule(Rule):
 def run(op: Op, value: Tensor) -> Tensor:
     """Run the op with the same arguments on another operand."""
     args, kwargs = fx.node.map_arg((op.node.args, dict(op.node.kwargs)), {op.operands[0]: value}.__getitem__)
-    result: Tensor = op.target(*args, **kwargs)  # type: ignore[operator]
+    result: Tensor = op.target(*args, **kwargs)
     return result
 
 

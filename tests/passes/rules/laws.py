@@ -152,7 +152,9 @@ def check_backward(case: Case) -> None:
     live: dict[fx.Node, Tensor] = {}
     for operand, mask in zip(case.op.operands, masks, strict=True):
         live[operand] = live.get(operand, full_mask(case.op.info_of(operand), False)) | mask
-    before = case.run(case.values({node: full_mask(case.op.info_of(node), False) for node, _ in case.variables}))
+    before = case.run(
+        case.values({node: full_mask(case.op.info_of(node), False) for node, _ in case.variables})
+    )
     for _ in range(3):
         dead = {node: ~live[node] for node, _ in case.variables}
         after = case.run(case.values(dead))

@@ -39,7 +39,16 @@ EXTRA = {
     "threshold": (0.1, 0.3), "clamp": (-0.5, 0.5), "clamp_min": (-0.5,), "clamp_max": (0.5,),
     "to": (torch.float32,), "pow": (2.0,),
 }  # fmt: skip
-BOOLEAN = {"logical_not", "bitwise_not", "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor"}
+BOOLEAN = {
+    "logical_not",
+    "bitwise_not",
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_xor",
+}
 SHAPES = ((2, 5, 3, 4), (2, 3, 6), (3, 7))
 
 
@@ -64,13 +73,17 @@ def pointwise(overload: Any) -> list[Sample]:
         ]
     if kind in {"Scalar", "Tensor_Scalar", "Scalar_mode"}:
         extra = {"rounding_mode": "floor"} if "mode" in kind else {}
-        return [call(overload, x(*shape), 1.5, **extra) for shape in SHAPES] if name != "pow" or kind != "Scalar" else [
-            call(overload, 1.5, x(2, 5, 3, 4))
-        ]
+        return (
+            [call(overload, x(*shape), 1.5, **extra) for shape in SHAPES]
+            if name != "pow" or kind != "Scalar"
+            else [call(overload, 1.5, x(2, 5, 3, 4))]
+        )
     if kind in {"Tensor", "Tensor_Tensor", "Tensor_mode"} or name in TWO_TENSORS:
         extra = {"rounding_mode": "floor"} if "mode" in kind else {}
         base = X((2, 5, 3, 4), dtype, 0.5, 2.0) if name == "pow" else x(2, 5, 3, 4)
-        other = torch.rand(5, 1, 1) < 0.5 if dtype == torch.bool else constant(5, 1, 1, positive=name in PARTIAL)
+        other = (
+            torch.rand(5, 1, 1) < 0.5 if dtype == torch.bool else constant(5, 1, 1, positive=name in PARTIAL)
+        )
         second = X((2, 5, 1, 1), dtype, 0.5, 2.0) if name in PARTIAL else x(2, 5, 1, 1)
         third = X((2, 5, 3, 4), dtype, 0.5, 2.0) if name in PARTIAL else x(2, 5, 3, 4)
         pairs = [(base, other), (base, second), (base, third)]
@@ -106,7 +119,11 @@ def convolution(overload: Any, rank: int) -> list[Sample]:
 
 
 def linear(overload: Any) -> list[Sample]:
-    return [call(overload, X(shape), weight(4, 6), bias) for shape in ((3, 6), (2, 3, 6), (6,)) for bias in (constant(4), None)]
+    return [
+        call(overload, X(shape), weight(4, 6), bias)
+        for shape in ((3, 6), (2, 3, 6), (6,))
+        for bias in (constant(4), None)
+    ]
 
 
 def resampling(overload: Any) -> list[Sample]:
@@ -157,7 +174,10 @@ def padding(overload: Any) -> list[Sample]:
             for value in (0.0, 1.5)
         ]
     if name == "pad":
-        return [call(overload, X((2, 5, 4, 4)), [1, 2, 2, 1], mode) for mode in ("reflect", "replicate", "circular")]
+        return [
+            call(overload, X((2, 5, 4, 4)), [1, 2, 2, 1], mode)
+            for mode in ("reflect", "replicate", "circular")
+        ]
     rank = next(number for number in (1, 2, 3) if f"{number}d" in name)
     return [call(overload, X((2, 5, *(4, 5, 4)[:rank])), [1, 2] * rank)]
 
@@ -182,7 +202,6 @@ SPECIFIC: dict[Any, Callable[[Any], list[Sample]]] = {
     aten.slice.Tensor: lambda op: [
         call(op, X((2, 8, 3)), 1, 2, 6), call(op, X((2, 8, 3)), 1, 1, INF, 3), call(op, X((2, 8, 3)), -2, -5, -1),
     ],
-    aten.narrow.default: lambda op: [call(op, X((2, 8, 3)), 1, 2, 4)],
     aten.select.int: lambda op: [call(op, X((2, 8, 3)), 1, 3), call(op, X((2, 8, 3)), -1, -1)],
     aten.index_select.default: lambda op: [call(op, X((2, 8, 3)), 1, torch.tensor([5, 1, 1, 7]))],
     aten.index.Tensor: lambda op: [call(op, X((2, 8, 3)), [None, torch.tensor([5, 1, 1, 7])])],
@@ -217,5 +236,7 @@ def samples_of(overload: Any) -> list[Sample]:
         return SPECIFIC[overload](overload)
     family = type(registered_rules()[overload]).__module__.rsplit(".", 1)[1]
     if family not in FAMILIES:
-        raise AssertionError(f"{overload} is registered but has no sample; add one to tests/passes/rules/samples.py")
+        raise AssertionError(
+            f"{overload} is registered but has no sample; add one to tests/passes/rules/samples.py"
+        )
     return FAMILIES[family](overload)
