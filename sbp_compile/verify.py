@@ -58,12 +58,13 @@ class Reference:
 
 
 def make_reference(original: Program, inputs: tuple[Tensor, ...], own: Sequence[Any]) -> Reference:
-    """Run the original in float64 (twice more with other weights where an output is discrete)."""
+    """Run the original in float64; where an output is discrete, also with weights a little to either side."""
     exact = run(original, inputs)
     stable: list[Tensor | None] = [None] * len(exact)
     discrete = [position for position, value in enumerate(exact) if _is_discrete(value)]
-    for seed in (0, 1) if discrete else ():
-        shifted = run(_shifted(original, seed), inputs)
+    sides = [(seed, sign) for seed in (0, 1) for sign in (1.0, -1.0)] if discrete else []
+    for seed, sign in sides:
+        shifted = run(_shifted(original, seed, sign * TIE_MARGIN), inputs)
         for position in discrete:
             same = exact[position] == shifted[position]
             held = stable[position]
@@ -75,14 +76,14 @@ def _is_discrete(value: Any) -> bool:
     return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
-def _shifted(program: Program, seed: int) -> Program:
-    """Return the Program with each float constant changed by a few times the tolerance of float32."""
+def _shifted(program: Program, seed: int, margin: float) -> Program:
+    """Return the Program with each float constant changed by a random multiple of `margin` times itself."""
     generator = torch.Generator().manual_seed(seed)
 
     def shift(value: Tensor) -> Tensor:
         if not value.is_floating_point():
             return value
-        return value * (1 + TIE_MARGIN * torch.randn(value.shape, generator=generator, dtype=value.dtype))
+        return value * (1 + margin * torch.randn(value.shape, generator=generator, dtype=value.dtype))
 
     return program.replace(constants={name: shift(value) for name, value in program.constants.items()})
 
