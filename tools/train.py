@@ -20,6 +20,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
+
 from sbp_compile.atomic import atomic_path, write_atomically
 from sbp_compile.capture import save_model
 from sbp_compile.errors import CompileError, UsageError

@@ -83,7 +83,7 @@ def load(name: str, path: Path | None = None) -> ImageData:
     if name == "mnist":
         return load_idx_folder(path or MNIST_PATH, MNIST_SHA256, "copy the four original files there")
     if name == "fashion-mnist":
-        hint = "install Debian's dataset-fashion-mnist"
+        hint = "apt-get install dataset-fashion-mnist (Debian)"
         return load_idx_folder(path or FASHION_MNIST_PATH, FASHION_MNIST_SHA256, hint)
     if name.startswith("folder:"):
         return load_idx_folder(Path(name.removeprefix("folder:")))
