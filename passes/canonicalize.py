@@ -278,24 +278,43 @@ def _convolution_padding(op: Op, rewriter: Rewriter) -> fx.Node | None:
     return rewriter.call(target, (x, *rest, padding, dilation, op.args["groups"]), like=op.node)
 
 
-def _identity(neutral: float, commutes: bool) -> Handler:
-    """X op neutral = x, where the other operand is the neutral constant and shape and dtype stay."""
+def _arithmetic(neutral: float, commutes: bool) -> Handler:
+    """x op neutral = x where shape and dtype stay; a constant that was expanded only for this call is not expanded."""
 
     def handler(op: Op, rewriter: Rewriter) -> fx.Node | None:
-        x, other = op.node.args[0], op.node.args[1]
-        if op.args.get("alpha", 1) != 1:
-            return None
-        for kept, dropped in ((x, other), (other, x)) if commutes else ((x, other),):
-            value = op.program.constant(dropped) if isinstance(dropped, fx.Node) else dropped
-            if value is None or not isinstance(kept, fx.Node) or kept not in op.program.infos:
+        first, second = op.node.args[:2]
+        for x, other in ((first, second), (second, first)):
+            if not isinstance(x, fx.Node) or not _has_shape_of_result(op, x):
                 continue
-            info = op.info_of(kept)
-            same = op.info is not None and info.sizes == op.info.sizes and info.dtype == op.info.dtype
-            if same and bool(torch.all(torch.as_tensor(value) == neutral)):
-                return rewriter.value(kept)
+            constant = _unexpanded(op, other)
+            value = other if constant is None else op.program.constant(constant)
+            if not isinstance(value, (int, float, Tensor)):
+                continue
+            may_go = (commutes or x is first) and op.args.get("alpha", 1) == 1
+            if may_go and bool(torch.all(torch.as_tensor(value) == neutral)):
+                return rewriter.value(x)
+            if constant is not None and constant is not other:
+                args = [rewriter.map(constant if entry is other else entry) for entry in (first, second)]
+                return rewriter.call(op.target, args, rewriter.map(dict(op.node.kwargs)), like=op.node)
         return None
 
     return handler
+
+
+def _has_shape_of_result(op: Op, x: fx.Node) -> bool:
+    info = op.program.infos.get(x)
+    return info is not None and op.info is not None and info == op.info
+
+
+def _unexpanded(op: Op, value: object) -> fx.Node | None:
+    """The constant behind an operand: the operand itself, or what it expands at the same rank."""
+    if not isinstance(value, fx.Node):
+        return None
+    if value.target is aten.expand.default and isinstance(value.args[0], fx.Node):
+        inner = op.program.constant(value.args[0])
+        if inner is not None and inner.ndim == op.out.rank:
+            return value.args[0]
+    return value if op.program.constant(value) is not None else None
 
 
 def _view(op: Op, rewriter: Rewriter) -> fx.Node | None:
@@ -352,8 +371,8 @@ HANDLERS: dict[Any, Handler] = {
     aten.conv1d.padding: _convolution_padding,
     aten.conv2d.padding: _convolution_padding,
     aten.conv3d.padding: _convolution_padding,
-    aten.add.Tensor: _identity(0.0, commutes=True),
-    aten.sub.Tensor: _identity(0.0, commutes=False),
-    aten.mul.Tensor: _identity(1.0, commutes=True),
-    aten.div.Tensor: _identity(1.0, commutes=False),
+    aten.add.Tensor: _arithmetic(0.0, commutes=True),
+    aten.sub.Tensor: _arithmetic(0.0, commutes=False),
+    aten.mul.Tensor: _arithmetic(1.0, commutes=True),
+    aten.div.Tensor: _arithmetic(1.0, commutes=False),
 }
