@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 
 from passes.ir.program import Program, TensorInfo
-from passes.rules.contraction import CONVOLUTIONS, LINEAR
 
 aten = torch.ops.aten
+
+CONTRACTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default})
 
 
 class CostModel(Protocol):
@@ -51,7 +52,7 @@ def macs_by_node(program: Program) -> dict[str, int]:
         info = program.infos.get(node)
         if info is None:
             continue
-        if node.target in CONVOLUTIONS or node.target is LINEAR:
+        if node.target in CONTRACTIONS:
             weight = program.infos.get(node.args[1])  # type: ignore[arg-type]
             if weight is not None:
                 found[node.name] = _numel(info) * _numel(weight) // weight.sizes[0] // batch(info)
