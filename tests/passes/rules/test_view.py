@@ -52,7 +52,9 @@ def test_a_flatten_passes_pruned_channels_on(middle, dynamic):
 
 def test_channels_split_into_heads_shrink_to_a_product_of_heads_and_positions():
     """12 channels as 3 heads of 4: kept {0, 2} in heads 0 and 1 are kept as 2 heads times 2 positions."""
-    net = Net(12, [0, 2, 4, 6], lambda x: F.relu(x.view(-1, 3, 4, 4, 4)).permute(0, 3, 4, 1, 2).flatten(3), 12)
+    net = Net(
+        12, [0, 2, 4, 6], lambda x: F.relu(x.view(-1, 3, 4, 4, 4)).permute(0, 3, 4, 1, 2).flatten(3), 12
+    )
     assert sizes_after(net) == (4, 4)
 
 
@@ -81,7 +83,9 @@ def test_an_axis_mixed_with_the_batch_is_kept_whole_and_the_others_shrink():
 
 
 def test_a_constant_survives_views_and_is_absorbed():
-    net = Net(8, [0, 3], lambda x: (x + torch.arange(8.0).reshape(-1, 1, 1)).permute(0, 2, 3, 1).flatten(1), 128)
+    net = Net(
+        8, [0, 3], lambda x: (x + torch.arange(8.0).reshape(-1, 1, 1)).permute(0, 2, 3, 1).flatten(1), 128
+    )
     assert sizes_after(net) == (2, 32)
 
 
@@ -120,7 +124,11 @@ def test_dynamic_positions_do_not_keep_channels_from_shrinking():
         def forward(self, x):
             return self.linear((self.conv(x) * self.mask).flatten(2).transpose(1, 2))
 
-    dims = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height", min=8), 3: torch.export.Dim("width", min=8)}
+    dims = {
+        0: torch.export.Dim("batch"),
+        2: torch.export.Dim("height", min=8),
+        3: torch.export.Dim("width", min=8),
+    }
     result = check(Tokens(), torch.randn(2, 3, 16, 16), dynamic=(dims,))
     assert shapes_of(result)["conv.weight"] == (2, 3, 3, 3)
     assert shapes_of(result)["linear.weight"] == (5, 2)
