@@ -2,5 +2,6 @@
 
 from sbp_compile.capture.export import export_module
 from sbp_compile.capture.model_file import LoadedModel, load_model, save_model
+from sbp_compile.capture.program import program_from_export
 
-__all__ = ["LoadedModel", "export_module", "load_model", "save_model"]
+__all__ = ["LoadedModel", "export_module", "load_model", "program_from_export", "save_model"]
