@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from passes import Note, PassError, Pipeline, Program, Step, default_pipeline
 from sbp_compile.atomic import atomic_folder
 from sbp_compile.baseline import plain_architecture
 from sbp_compile.capture.call import Call, captured_call
-from sbp_compile.capture.export import DynamicBatch, export_module, quiet_export
+from sbp_compile.capture.export import DynamicBatch, evaluating, export_module, quiet_export
 from sbp_compile.capture.model_file import LoadedModel, save_program
 from sbp_compile.capture.program import program_from_export
 from sbp_compile.emit.exported import exported_program
@@ -32,6 +32,7 @@ from sbp_compile.verify import (
     Reference,
     Verification,
     make_reference,
+    verify_capture,
     verify_exported,
     verify_float64,
     verify_onnx,
@@ -150,8 +151,13 @@ def compile(  # noqa: A001  # the public name; torch.compile and re.compile have
         )
         call = captured_call(exported, args, kwargs or {})
     tensors = call.tensors(args, kwargs or {})
+
+    def as_given(*args: Any, **kwargs: Any) -> Any:
+        with evaluating(module):
+            return module(*args, **kwargs)
+
     return compile_exported(
-        exported, call, tensors, verify=verify, inputs=inputs, pipeline=pipeline, seconds=times
+        exported, call, tensors, verify=verify, inputs=inputs, pipeline=pipeline, seconds=times, own=as_given
     )
 
 
@@ -182,10 +188,12 @@ def compile_exported(
     input_file: Path | None = None,
     pipeline: Pipeline | None = None,
     seconds: Mapping[str, float] | None = None,
+    own: Callable[..., Any] | None = None,
 ) -> Compiled:
     """Do the same for an exported program, the call it was captured with and example tensors.
 
-    `input_file`: an .npz with further inputs to verify on.
+    `input_file`: an .npz with further inputs to verify on. `own`: the network as the user runs it, to compare with; the
+    exported program itself if there is nothing else.
     """
     times = dict(seconds or {})
     with _timed(times, "capture"):
@@ -201,7 +209,8 @@ def compile_exported(
     proof = None
     if verify:
         with _timed(times, "verification"):
-            references = _references(exported, call, original, feeds)
+            references = _references(own or exported.module(), call, original, feeds)
+            verify_capture(references)
             error = verify_float64(original, small, references)
             proof = Verification(error, sum(_batch(entry.inputs) for entry in references))
     notes = (*_batch_notes(original), *notes)
@@ -236,10 +245,9 @@ def _run_passes(pipeline: Pipeline, original: Program, steps: list[Step]) -> tup
 
 
 def _references(
-    exported: ExportedProgram, call: Call, original: Program, given: Sequence[tuple[Tensor, ...]]
+    own: Callable[..., Any], call: Call, original: Program, given: Sequence[tuple[Tensor, ...]]
 ) -> tuple[Reference, ...]:
     """Return the original's outputs on the given inputs, and on random ones that it accepts."""
-    own = exported.module()
     found = []
     for number, feed in enumerate((*given, *random_inputs(original, given[0]))):
         args, kwargs = call.nest_arguments(feed)

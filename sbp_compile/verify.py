@@ -24,10 +24,11 @@ from passes.ir.interpret import run
 from passes.ir.program import Origin, Program
 from sbp_compile.capture.call import Call
 from sbp_compile.capture.export import quiet_export
-from sbp_compile.errors import VerificationError
+from sbp_compile.errors import UnsupportedModelError, VerificationError
 
 FLOAT64_TOLERANCE = 1e-12
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+CAPTURE_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-2, torch.float16: 0.2, torch.bfloat16: 0.5}
 NOISE_FACTOR = 3.0
 TIE_MARGIN = 3e-5
 ONNX_PARTING = 1e-4
@@ -102,6 +103,25 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     scale = float(a.abs().max())
     error = difference / scale if scale else float("inf")
     return error if error == error else float("inf")
+
+
+def verify_capture(references: Sequence[Reference]) -> None:
+    """Raise `UnsupportedModelError` where the model itself and what was captured of it are no rounding apart.
+
+    A model may take another path for another batch size; torch.export follows the example's.
+    """
+    for reference in references:
+        for position, (own, exact) in enumerate(zip(reference.own, reference.exact, strict=True)):
+            if not isinstance(own, Tensor) or not own.is_floating_point():
+                continue
+            error = relative_error(exact, own)
+            if not error <= CAPTURE_TOLERANCES.get(own.dtype, 0.0):
+                shapes = [list(value.shape) for value in reference.inputs]
+                raise UnsupportedModelError(
+                    f"output {position} of the model differs by {error:.1e} from what torch.export captured, for "
+                    f"inputs of shapes {shapes}: the model takes another path there; compile with "
+                    "dynamic_batch=False and an example of the batch size that is used"
+                )
 
 
 def verify_float64(original: Program, small: Program, references: Sequence[Reference]) -> float:

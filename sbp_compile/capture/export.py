@@ -52,7 +52,7 @@ def export_module(
             f"args (={type(args).__name__}) must be a tuple of the module's positional arguments"
         )
     kwargs = dict(kwargs or {})
-    with _evaluating(module), torch.no_grad(), quiet_export():
+    with evaluating(module), torch.no_grad(), quiet_export():
         if dynamic_shapes is not None:
             return _export(module, args, kwargs, dynamic_shapes)
         if dynamic_batch:
@@ -88,7 +88,7 @@ def quiet_export() -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Clear every training flag for a while, and leave the attributes of all submodules as they were.
 
     The flags are cleared one by one because `eval()` may be overridden to do more. The attributes are put
