@@ -273,13 +273,15 @@ def absorption(this: Contraction, facts: Facts, keep: KeepSets) -> tuple[Tensor,
 
 
 def _removed_constants(this: Contraction, facts: Facts, keep: KeepSets) -> Tensor | None:
-    """The removed channels of x whose non-zero constants the kept rows read; None if there are none."""
+    """The removed channels of x whose non-zero constants the kept rows read; None if there are none.
+
+    Where such a channel is not known it is dead (at other tokens, say) and counts as 0.
+    """
     kept = keep.get(this.x, this.axis)
     if bool(kept.all()):
         return None
-    known = all_over_others(facts.known, this.axis, this.in_channels)
     nonzero = any_over_others(facts.known_value != 0, this.axis, this.in_channels)
-    candidates = known & nonzero & ~kept
+    candidates = nonzero & ~kept
     if not bool(candidates.any()):
         return None
     removed = candidates & (this.columns & keep.get(this.op.node, this.axis)[:, None]).any(0)

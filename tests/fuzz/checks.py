@@ -63,7 +63,8 @@ def dynamic_arguments(spec: Spec, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
     batch = Dim("batch", min=1)
     for number, value in enumerate(inputs):
         inner = {
-            axis: Dim(f"size_{number}_{axis}", min=4, max=LARGEST_SIZE) for axis in moving_axes(value.ndim)
+            axis: Dim(f"size_{number}_{axis}", min=value.shape[axis], max=LARGEST_SIZE)
+            for axis in moving_axes(value.ndim)
         }
         shapes[value] = {0: batch, **inner}
     return {"dynamic_shapes": shapes}

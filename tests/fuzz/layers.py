@@ -180,13 +180,13 @@ def activation(draw: Draw, x: Shape) -> nn.Module:
 
 
 def constant(draw: Draw, x: Shape) -> nn.Module | None:
-    """A per-channel constant added, subtracted, multiplied, divided by or compared with."""
+    """A constant per channel, now and then per entry, added, subtracted, multiplied, divided by or compared with."""
     axis = draw.one((1, 1, x.rank - 1))
     if not x.is_static(axis):
         return None
     shape = [1] * (x.rank - axis)
     shape[0] = x.sizes[axis]
-    held = draw.normal(*shape)
+    held = draw.normal(*(x.sizes[1:] if x.inner_static and draw.chance(0.3) else shape))
     name, function = draw.one(
         (
             ("add", torch.add),
