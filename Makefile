@@ -3,6 +3,7 @@
 #   make test       lint, types and the tests
 #   make test-slow  the tests that are left out of `make test`
 #   make fuzz       random networks, FUZZ_GRAPHS of them from FUZZ_SEED on
+#   make cuda       the checks and timings that need a GPU, in an environment of their own
 #   make clean      remove what the targets made, the environment included
 
 VENV ?= .venv
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DEMO_MODEL := models/lenet5-sbp-digits.pt
 
-.PHONY: demo test test-slow fuzz lint clean
+.PHONY: cuda demo test test-slow fuzz lint clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -28,6 +29,13 @@ test-slow: $(READY)
 
 fuzz: $(READY)
 	$(BIN)/python tools/fuzz.py --graphs $(FUZZ_GRAPHS) --seed $(FUZZ_SEED)
+
+# onnxruntime and onnxruntime-gpu hold the same files: the second replaces the first.
+cuda:
+	$(MAKE) VENV=.venv-cuda .venv-cuda/.installed
+	.venv-cuda/bin/python -m pip uninstall --quiet --yes onnxruntime
+	.venv-cuda/bin/python -m pip install --quiet onnxruntime-gpu==1.30.0
+	.venv-cuda/bin/python tools/cuda_check.py $(DEMO_MODEL) --write
 
 lint: $(READY)
 	$(BIN)/ruff check .

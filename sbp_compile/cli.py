@@ -81,6 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch", type=_numbers, default=(1,), metavar="N[,N]", help="batch sizes to time (1)"
     )
     timing.add_argument("--threads", type=_number, default=1, metavar="N", help="threads to time with (1)")
+    timing.add_argument(
+        "--provider",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where to time (cpu); cuda: see docs/cuda.md",
+    )
     output = parser.add_argument_group("report")
     output.add_argument("--json", type=Path, metavar="FILE", help="write the report for machines")
     output.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
@@ -143,6 +149,10 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(f"output {options.output.name!r} must end in {' or '.join(SUFFIXES)}")
     if options.time and options.output.suffix != ".onnx":
         raise UsageError(f"--time needs an .onnx output, not {options.output.name!r}")
+    if options.time:
+        from sbp_compile.timing import require_provider
+
+        require_provider(options.provider)
     written = [options.output] if options.json is None else [options.output, options.json]
     for path in written:
         _check_output(path)
@@ -190,7 +200,13 @@ def _time(options: argparse.Namespace, compiled: Compiled, console: Console) -> 
         compiled.write_onnx(files["dense"], compiled.dense)
         for batch in options.batch:
             with progress_bar(console) as progress:
-                comparison = compare(files, batch=batch, threads=options.threads, progress=progress)
+                comparison = compare(
+                    files,
+                    batch=batch,
+                    threads=options.threads,
+                    provider=options.provider,
+                    progress=progress,
+                )
             console.print(comparison)
             found.append(comparison.to_json())
     return found

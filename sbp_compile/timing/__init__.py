@@ -11,5 +11,15 @@ docs/latency.md says how the numbers are made and what they do not cover.
 from sbp_compile.timing.measure import compare
 from sbp_compile.timing.progress import Progress, progress_bar
 from sbp_compile.timing.result import Comparison, ModelTiming, Ratio, environment
+from sbp_compile.timing.session import require_provider
 
-__all__ = ["Comparison", "ModelTiming", "Progress", "Ratio", "compare", "environment", "progress_bar"]
+__all__ = [
+    "Comparison",
+    "ModelTiming",
+    "Progress",
+    "Ratio",
+    "compare",
+    "environment",
+    "progress_bar",
+    "require_provider",
+]
