@@ -62,7 +62,7 @@ class Rewriter:
 
         With `step` the call is an intermediate result: it carries no original value and is named after the step.
         """
-        name = f"{like.name}_{step}" if step else like.name
+        name = f"{like.name.removesuffix(f'_{step}')}_{step}" if step else like.name
         node = self.graph.create_node("call_function", target, tuple(args), kwargs or {}, name=name)
         node.meta = self._meta(like)
         if step:

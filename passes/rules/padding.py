@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from passes.ir.axes import any_over, flatten_facts
 from passes.ir.keep import KeepSets
 from passes.ir.lattice import Facts
 from passes.ir.program import Op
 from passes.ir.rewriter import Rewriter
 from passes.rules.base import Rule, rule
-from passes.rules.spatial import SpatialRule, constant_along
+from passes.rules.spatial import SpatialRule
 
 aten = torch.ops.aten
 
@@ -82,16 +83,22 @@ class ConstantPad(Rule):
             if axis < rank - len(pads) // 2 or all(pads[2 * (rank - 1 - axis) + side] == 0 for side in (0, 1))
         ]
 
+    def unlaid(self, op: Op) -> set[int]:
+        """Return the padded axes whose pads cannot be laid out.
+
+        They are dynamic, the pads are computed at run time, or nothing of the operand is left.
+        """
+        return set(range(op.out.rank)) - {entry.axis for entry in self.sides(op)} - set(self.untouched(op))
+
     def forward(self, op: Op, facts: Sequence[Facts]) -> Facts:
         """Lay out the pads; along an axis where that cannot be done, equal constants stay."""
         sides, stored = self.sides(op), facts[0]
-        padded = {entry.axis for entry in sides}
-        for axis in set(range(op.out.rank)) - padded - set(self.untouched(op)):
-            stored = constant_along(stored, axis)
+        if self.unlaid(op):
+            stored = flatten_facts(stored, self.unlaid(op))
             stored = stored.forget(stored.value != op.args["value"])
         if not sides and not stored.any_known:
             return Facts.unknown(op.out)
-        stored = stored.expand(padded, op.info_of(op.operands[0]))
+        stored = stored.expand([entry.axis for entry in sides], op.info_of(op.operands[0]))
         pads = _pads(sides, op.out.rank, +1)
         return Facts(
             F.pad(stored.known_value, pads, value=op.args["value"]), F.pad(stored.known, pads, value=True)
@@ -100,8 +107,7 @@ class ConstantPad(Rule):
     def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
         """Crop the demand where it varies."""
         sides = [entry for entry in self.sides(op) if demand.shape[entry.axis] > 1]
-        for axis in set(range(op.out.rank)) - {entry.axis for entry in sides} - set(self.untouched(op)):
-            demand = demand.any(dim=axis, keepdim=True)
+        demand = any_over(demand, self.unlaid(op))
         return [F.pad(demand, _pads(sides, op.out.rank, -1), value=False)]
 
     def couple(self, op: Op, keep: KeepSets, facts: Sequence[Facts]) -> None:
@@ -110,7 +116,7 @@ class ConstantPad(Rule):
         why = f"aligned by {op.node.name}"
         for axis in self.untouched(op):
             keep.tie((x, axis), (op.node, axis), why)
-        for axis in set(range(op.out.rank)) - {entry.axis for entry in sides} - set(self.untouched(op)):
+        for axis in self.unlaid(op):
             for node in (x, op.node):
                 keep.fill(node, f"padded by {op.node.name}", (axis,))
         for entry in sides:

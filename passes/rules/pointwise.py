@@ -38,7 +38,7 @@ SAFE_UNARY = (
 )  # fmt: skip
 SAFE_BINARY = (
     aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.rsub.Tensor,
-    aten.mul.Scalar, aten.maximum.default, aten.minimum.default, aten.clamp.Tensor, aten.clamp_min.Tensor,
+    aten.maximum.default, aten.minimum.default, aten.clamp.Tensor, aten.clamp_min.Tensor,
     aten.clamp_max.Tensor, aten.div.Scalar,
     aten.eq.Tensor, aten.eq.Scalar, aten.ne.Tensor, aten.ne.Scalar, aten.lt.Tensor, aten.lt.Scalar,
     aten.le.Tensor, aten.le.Scalar, aten.gt.Tensor, aten.gt.Scalar, aten.ge.Tensor, aten.ge.Scalar,
@@ -87,11 +87,13 @@ class UnsafePointwise(Pointwise):
         return [full_mask(op.info_of(operand), True) for operand in op.operands]
 
 
-@rule(aten.mul.Tensor)
+@rule(aten.mul.Tensor, aten.mul.Scalar)
 class Multiply(Pointwise):
     """Product of two tensors; a known zero on either side makes the result a known zero."""
 
     def forward(self, op: Op, facts: Sequence[Facts]) -> Facts:
+        if any(isinstance(value, (int, float)) and value == 0 for value in op.node.args):
+            return Facts.constant(torch.zeros((1,) * op.out.rank, dtype=op.out.dtype))
         return _with_zeros(super().forward(op, facts), _zeros(op, facts))
 
 

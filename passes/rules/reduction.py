@@ -4,29 +4,37 @@ forward: a result is known where all entries that go into it are. The op itself 
     out at full size along reduced axes if repeating an entry changes the result. Over a dynamic axis a mean
     and an extremum of equal constants are that constant, a sum is known only if it is 0, a variance never is.
 backward: an entry is live if the result that it goes into is.
-couple: the axes that stay keep equal indices. Reduced axes are kept whole, except that a sum leaves out the
-    indices that are known to be 0 everywhere.
+couple: the axes that stay keep equal indices. Along reduced axes known indices may go, but for one.
+rewrite: with K the op on the removed entries alone, and n' of n entries kept,
+    sum = sum' + K,   mean = mean' n'/n + K,   max = maximum(max', K).
+
+A variance keeps its reduced axes whole. A sum over a dynamic axis lets zeros go alone, for K is not a constant then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf, prod
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from passes.ir.keep import KeepSets
-from passes.ir.lattice import Facts, all_over_others
+from passes.ir.lattice import Facts, along, any_over_others
 from passes.ir.program import Op
+from passes.ir.rewriter import Rewriter
 from passes.rules.base import Rule, rule
 from passes.rules.spatial import run
 
 aten = torch.ops.aten
 
 
-@rule(aten.mean.default, aten.mean.dim, aten.amax.default, aten.amin.default)
 class Reduction(Rule):
-    """A reduction that does not change if every entry is repeated equally often."""
+    """A reduction; `is_idempotent` if it does not change when every entry is repeated equally often."""
+
+    is_idempotent = True
+    neutral: float = 0
 
     def applies(self, op: Op) -> bool:
         """Whether there is an axis to reduce."""
@@ -37,22 +45,25 @@ class Reduction(Rule):
         rank = op.info_of(op.operands[0]).rank
         given = op.args.get("dim")
         given = [given] if isinstance(given, int) else given or range(rank)
-        return tuple(sorted(axis % max(rank, 1) for axis in given))
+        return tuple(sorted(axis % rank for axis in given))
 
     def forward(self, op: Op, facts: Sequence[Facts]) -> Facts:
         """Know the results that known entries alone go into."""
-        axes = self.axes(op)
-        stored = self.laid_out(op, facts[0], axes) if facts[0].any_known else facts[0]
+        stored = self.usable(op, facts[0]) if facts[0].any_known else facts[0]
         if not stored.any_known:
             return Facts.unknown(op.out)
-        unknown = ~stored.known
-        if axes:
-            unknown = unknown.any(dim=axes, keepdim=bool(op.args.get("keepdim")))
+        if not self.is_idempotent:
+            stored = stored.expand(self.static_axes(op), op.info_of(op.operands[0]))
+        unknown = (~stored.known).any(dim=self.axes(op), keepdim=bool(op.args.get("keepdim")))
         return Facts(run(op, stored.known_value), ~unknown)
 
-    def laid_out(self, op: Op, facts: Facts, axes: tuple[int, ...]) -> Facts:
-        """Return facts on which the op gives what it gives at full size."""
+    def usable(self, op: Op, facts: Facts) -> Facts:
+        """Return the facts that hold whatever the sizes of dynamic axes are."""
         return facts
+
+    def static_axes(self, op: Op) -> list[int]:
+        """Return the reduced axes with static sizes."""
+        return [axis for axis in self.axes(op) if op.info_of(op.operands[0]).is_static(axis)]
 
     def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
         """Ask for everything that goes into a live result."""
@@ -62,7 +73,7 @@ class Reduction(Rule):
         return [demand]
 
     def couple(self, op: Op, keep: KeepSets, facts: Sequence[Facts]) -> None:
-        """Tie the axes that stay, keep what is reduced."""
+        """Tie the axes that stay; see to it that what is removed along the others can be added again."""
         x, reduced = op.operands[0], self.axes(op)
         rank = op.info_of(x).rank
         stay = (
@@ -76,27 +87,113 @@ class Reduction(Rule):
 
     def keep_reduced(self, op: Op, axis: int, keep: KeepSets, facts: Facts) -> None:
         """Widen the keep set of a reduced axis."""
-        keep.fill(op.operands[0], f"reduced by {op.node.name}", (axis,))
+        kept = keep.get(op.operands[0], axis)
+        if kept.numel() and not bool(kept.any()):
+            first = torch.zeros_like(kept).index_fill(0, torch.zeros(1, dtype=torch.int64), True)
+            keep.widen(op.operands[0], axis, first, f"{op.node.name} reduces at least one index")
+
+    def rewrite(self, op: Op, rewriter: Rewriter) -> fx.Node:
+        """Reduce what is kept, then add what is not."""
+        x = op.operands[0]
+        if all(rewriter.index(x, axis) is None for axis in self.axes(op)):
+            return rewriter.copy(op.node)
+        kept = rewriter.call(
+            op.target,
+            rewriter.map(op.node.args),
+            rewriter.map(dict(op.node.kwargs)),
+            like=op.node,
+            step="kept",
+        )
+        return self.completed(op, rewriter, kept, rewriter.slice(self.removed(op, rewriter), op.node))
+
+    def removed(self, op: Op, rewriter: Rewriter) -> Tensor:
+        """Run the op on the removed entries, with neutral ones in the place of the others; stored form."""
+        assert rewriter.analysis is not None
+        x, keep = op.operands[0], rewriter.analysis.keep
+        info = op.info_of(x)
+        value = self.usable(op, rewriter.analysis.facts[x.name]).known_value
+        gone = torch.zeros([1] * info.rank, dtype=torch.bool)
+        for axis in self.static_axes(op):
+            gone = gone | along(~keep.get(x, axis), axis, info.rank)
+        return run(op, torch.where(gone, value, torch.tensor(self.neutral, dtype=value.dtype)))
+
+    def completed(self, op: Op, rewriter: Rewriter, kept: fx.Node, removed: Tensor) -> fx.Node:
+        """Emit the whole result from what the kept and the removed entries give."""
+        raise NotImplementedError
+
+
+def _with_constant(op: Op, rewriter: Rewriter, target: Any, first: fx.Node, constant: Tensor) -> fx.Node:
+    """Emit a binary call in the place of the op."""
+    dtype = op.node.meta.get("dtype", op.out.dtype)
+    second = rewriter.constant(constant, f"{op.node.name}_removed", dtype)
+    return rewriter.call(target, (first, second), like=op.node)
+
+
+@rule(aten.mean.default, aten.mean.dim)
+class Mean(Reduction):
+    """A mean; what is left of it counts for its share."""
+
+    def completed(self, op: Op, rewriter: Rewriter, kept: fx.Node, removed: Tensor) -> fx.Node:
+        """Emit mean' n'/n + K."""
+        x, axes = op.operands[0], self.static_axes(op)
+        share = prod(rewriter.size(x, axis) for axis in axes) / prod(
+            op.info_of(x).sizes[axis] for axis in axes
+        )
+        scaled = rewriter.call(aten.mul.Tensor, (kept, share), like=op.node, step="share")
+        return _with_constant(op, rewriter, aten.add.Tensor, scaled, removed)
 
 
 @rule(aten.sum.default, aten.sum.dim_IntList)
 class Sum(Reduction):
-    """A sum; zeros may be left out."""
+    """A sum; over a dynamic axis only zeros count as known."""
 
-    def laid_out(self, op: Op, facts: Facts, axes: tuple[int, ...]) -> Facts:
-        """Lay out static axes; over dynamic ones only zeros count."""
-        info = op.info_of(op.operands[0])
-        if not all(info.is_static(axis) for axis in axes):
-            facts = facts.forget(facts.value != 0)
-        return facts.expand([axis for axis in axes if info.is_static(axis)], info)
+    is_idempotent = False
+
+    def usable(self, op: Op, facts: Facts) -> Facts:
+        """Over a dynamic axis, return the zeros alone."""
+        all_static = len(self.static_axes(op)) == len(self.axes(op))
+        return facts if all_static else facts.forget(facts.value != 0)
 
     def keep_reduced(self, op: Op, axis: int, keep: KeepSets, facts: Facts) -> None:
-        """Keep what is not known to be 0, and at least one index."""
-        x = op.operands[0]
-        zero = all_over_others(facts.known & (facts.value == 0), axis, op.info_of(x).sizes[axis])
-        if zero.numel() and bool(zero.all()):
-            zero[0] = False
-        keep.widen(x, axis, ~zero, f"added up by {op.node.name}")
+        """Keep the indices whose constants cannot be added again."""
+        super().keep_reduced(op, axis, keep, facts)
+        lost = facts.known & ~self.usable(op, facts).known
+        mask = any_over_others(lost, axis, op.info_of(op.operands[0]).sizes[axis])
+        keep.widen(op.operands[0], axis, mask, f"added up over a dynamic axis by {op.node.name}")
+
+    def completed(self, op: Op, rewriter: Rewriter, kept: fx.Node, removed: Tensor) -> fx.Node:
+        """Emit sum' + K."""
+        return _with_constant(op, rewriter, aten.add.Tensor, kept, removed)
+
+
+class Extremum(Reduction):
+    """The largest or the smallest of floating-point entries."""
+
+    def applies(self, op: Op) -> bool:
+        """Whether infinity is neutral."""
+        return super().applies(op) and op.out.dtype.is_floating_point
+
+
+@rule(aten.amax.default)
+class Largest(Extremum):
+    """The largest entry."""
+
+    neutral = -inf
+
+    def completed(self, op: Op, rewriter: Rewriter, kept: fx.Node, removed: Tensor) -> fx.Node:
+        """Emit maximum(max', K)."""
+        return _with_constant(op, rewriter, aten.maximum.default, kept, removed)
+
+
+@rule(aten.amin.default)
+class Smallest(Extremum):
+    """The smallest entry."""
+
+    neutral = inf
+
+    def completed(self, op: Op, rewriter: Rewriter, kept: fx.Node, removed: Tensor) -> fx.Node:
+        """Emit minimum(min', K)."""
+        return _with_constant(op, rewriter, aten.minimum.default, kept, removed)
 
 
 @rule(
@@ -105,9 +202,13 @@ class Sum(Reduction):
 class Variance(Reduction):
     """Variance and standard deviation, with any correction."""
 
-    def laid_out(self, op: Op, facts: Facts, axes: tuple[int, ...]) -> Facts:
-        """Lay out static axes; over a dynamic one nothing is known."""
-        info = op.info_of(op.operands[0])
-        if not all(info.is_static(axis) for axis in axes):
-            return Facts.unknown(info)
-        return facts.expand(axes, info)
+    is_idempotent = False
+
+    def usable(self, op: Op, facts: Facts) -> Facts:
+        """Over a dynamic axis, return nothing."""
+        all_static = len(self.static_axes(op)) == len(self.axes(op))
+        return facts if all_static else Facts.unknown(op.info_of(op.operands[0]))
+
+    def keep_reduced(self, op: Op, axis: int, keep: KeepSets, facts: Facts) -> None:
+        """Keep everything."""
+        keep.fill(op.operands[0], f"reduced by {op.node.name}", (axis,))

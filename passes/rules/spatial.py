@@ -19,8 +19,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
+from passes.ir import schema
+from passes.ir.axes import any_over, flatten_facts
 from passes.ir.keep import KeepSets
 from passes.ir.lattice import Facts
 from passes.ir.program import Op
@@ -68,7 +70,7 @@ class SpatialRule(Rule):
         for position, axis in enumerate(self.spatial(op)):
             static = info.is_static(axis) and op.out.is_static(axis) and _has_plain_arguments(op)
             if not static:
-                facts = constant_along(facts, axis)
+                facts = flatten_facts(facts, (axis,))
                 if not self.preserves_constants(op, position):
                     facts = facts.forget(facts.value != 0)
         return facts
@@ -104,7 +106,7 @@ class SpatialRule(Rule):
         """Mark what reads a marked index (or, backward, what a marked position reads), along one axis."""
         reach = self.reach(op, axis)
         if reach is None:
-            return mask.any(dim=axis, keepdim=True)
+            return any_over(mask, (axis,))
         matrix = (reach.T if backward else reach).to(torch.float64)
         moved = torch.movedim(mask, axis, -1).to(torch.float64) @ matrix.T
         return torch.movedim(moved > 0, -1, axis)
@@ -141,20 +143,10 @@ class SpatialRule(Rule):
 
 def run(op: Op, value: Tensor) -> Tensor:
     """Run the op with the same arguments on another operand."""
-    args, kwargs = fx.node.map_arg((op.node.args, dict(op.node.kwargs)), {op.operands[0]: value}.__getitem__)
-    result: Tensor = op.target(*args, **kwargs)
+    result: Tensor = schema.call(op.node, {op.operands[0]: value}.__getitem__)
     return result
 
 
 def _has_plain_arguments(op: Op) -> bool:
     """Whether no argument beside the operand is computed at run time."""
     return set(op.node.all_input_nodes) == set(op.operands)
-
-
-def constant_along(facts: Facts, axis: int) -> Facts:
-    """Store facts at size 1 along an axis; what varies there becomes unknown."""
-    if facts.value.shape[axis] == 1 and facts.known.shape[axis] == 1:
-        return facts
-    first = facts.value.narrow(axis, 0, 1)
-    same = (facts.known & (facts.value == first)).all(dim=axis, keepdim=True)
-    return Facts(first, same)

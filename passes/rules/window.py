@@ -27,13 +27,17 @@ ADAPTIVE_MEAN_POOLS = {
 
 @rule(*MAX_POOLS)
 class MaxPool(SpatialRule):
-    """max_pool1d/2d/3d; a dilated window can lie in the padding alone and is minus infinity then."""
+    """max_pool1d/2d/3d; padding is at most half a window, so every window holds a real entry.
+
+    With dilation that takes as many entries as the dilation; otherwise the result is minus infinity.
+    """
 
     spatial_rank = MAX_POOLS
 
     def preserves_constants(self, op: Op, position: int) -> bool:
-        """Whether every window is sure to hold a real entry."""
-        return _at(op.args["dilation"], position) == 1 or _at(op.args["padding"], position) == 0
+        """Whether every window holds a real entry."""
+        size = op.info_of(op.operands[0]).sizes[self.spatial(op)[position]]
+        return size >= _at(op.args["dilation"], position)
 
 
 @rule(*MEAN_POOLS)

@@ -161,6 +161,8 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "inverse_sigmoid": lambda x: 0.1 / torch.sigmoid(x.clamp(-4.0, 4.0)),
     "cube": lambda x: x.clamp(-1.0, 1.0) ** 3,
     "where": lambda x: torch.where(x > 0.05, x, 0.3 * x),
+    "positive": lambda x: x * (x > 0.05),
+    "centred": lambda x: x - 0.5 * x.mean(0, keepdim=True),
     "times": lambda x: x * 0.75,
     "plus": lambda x: x + 0.4,
     "from": lambda x: 0.9 - x,
@@ -195,6 +197,8 @@ def constant(draw: Draw, x: Shape) -> nn.Module | None:
             ("mul", torch.mul),
             ("div", lambda x, c: x / (c.abs() + 0.5)),
             ("maximum", torch.maximum),
+            ("where", lambda x, c: torch.where(c > 0.0, x, c)),
+            ("masked_fill", lambda x, c: x.masked_fill(c > 0.3, 0.4)),
         )
     )
     return WithBuffer(name, held, function)
@@ -280,6 +284,9 @@ def mean(draw: Draw, x: Shape) -> nn.Module | None:
 def opaque(draw: Draw, x: Shape) -> nn.Module | None:
     """Operators that most compilers have no rule for."""
     axis = draw.randrange(1, x.rank)
+    layer = _opaque_module(draw, x) if draw.chance(0.25) else None
+    if layer is not None:
+        return layer
     options: list[tuple[str, Callable[[Tensor], Tensor]]] = [
         ("softmax", lambda x: torch.softmax(x, axis)),
         ("cumsum", lambda x: torch.cumsum(x, axis)),
@@ -295,6 +302,21 @@ def opaque(draw: Draw, x: Shape) -> nn.Module | None:
         options.append(("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2)))
     name, function = draw.one(options)
     return Apply(f"{name} {axis}", function)
+
+
+def _opaque_module(draw: Draw, x: Shape) -> nn.Module | None:
+    """A transposed convolution, a parametric relu or a recurrent layer."""
+    if x.rank == 3 and x.inner_static and draw.chance(0.5):
+        recurrent = nn.GRU(x.sizes[2], 3, batch_first=True)
+        with torch.no_grad():
+            for parameter in recurrent.parameters():
+                parameter.copy_(draw.normal(*parameter.shape, scale=0.4))
+        return nn.Sequential(recurrent, Apply("states", lambda results: results[0]))
+    if x.rank == 4 and x.is_static(1) and draw.chance(0.6):
+        layer = nn.ConvTranspose2d(x.sizes[1], 3, 3, stride=draw.one((1, 2)), padding=draw.one((0, 1)))
+        fill(draw, layer)
+        return layer
+    return nn.PReLU(x.sizes[1]) if x.is_static(1) else None
 
 
 def masked(draw: Draw, x: Shape) -> nn.Module:

@@ -331,3 +331,15 @@ def test_every_step_of_the_pipeline_keeps_the_function():
         "remove_dead",
     }
     assert wanted <= set(seen)
+
+
+def test_a_branch_times_the_number_zero_disappears():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.branch = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            return self.stem(x) + 0.0 * self.branch(x)
+
+    assert widths(check(Block(), IMAGE)) == [(8, 3)]
