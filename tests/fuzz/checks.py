@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ShapesCollection
 
 import sbp_compile
-from passes import Program, default_pipeline
+from passes import Canonicalize, Program, default_pipeline
 from passes.ir.cost import count
 from passes.ir.interpret import run
-from sbp_compile.baseline import plain_architecture
 from sbp_compile.capture.export import export_module
 from sbp_compile.capture.program import program_from_export
 from sbp_compile.errors import BatchPinnedWarning, CompileError, UnsupportedModelError
@@ -99,12 +98,9 @@ def capture(spec: Spec) -> Program:
         raise RejectedError(f"capture: {error}") from error
 
 
-def with_masks(original: Program, first: Spec, spec: Spec) -> Program:
+def with_masks(original: Program, spec: Spec) -> Program:
     """The Program captured for one spec, with the constants of another that differs in its masks alone."""
-    network = build(spec)[0]
-    if network.plan != build(first)[0].plan:
-        raise RejectedError("other masks, other steps")
-    state = network.state_dict()
+    state = build(spec)[0].state_dict()
     constants = {}
     for name, held in original.constants.items():
         value = state.get(name, held)
@@ -123,8 +119,9 @@ def check_passes(spec: Spec, original: Program | None = None) -> Outcome:
             small = default_pipeline()(original).program
             small.lint()
         pinned = all(entry.sizes == entry.other_sizes for entry in original.inputs)
+        truths = build(spec)[0], build(spec)[0].double()
         for which in (0,) if pinned else (0, 1):
-            _compare(spec, original, small, examples(spec, which, seed=1))
+            _compare(truths, original, small, examples(spec, which, seed=1))
     except RejectedError as reason:
         return Outcome(rejected=str(reason))
     return _outcome(original, small)
@@ -132,13 +129,14 @@ def check_passes(spec: Spec, original: Program | None = None) -> Outcome:
 
 def check_variants(spec: Spec, count: int) -> Iterator[tuple[Spec, Outcome | FuzzError]]:
     """One capture, checked with `count` sets of masks."""
-    original = None
+    original, plan = None, build(spec)[0].plan
     for masks in range(spec.masks, spec.masks + count):
         variant = replace(spec, masks=masks)
         try:
-            if original is None:
-                original, held = capture(spec), spec
-            yield variant, check_passes(variant, with_masks(original, held, variant))
+            original = original or capture(spec)
+            if build(variant)[0].plan != plan:
+                raise RejectedError("other masks, other steps")
+            yield variant, check_passes(variant, with_masks(original, variant))
         except RejectedError as reason:
             yield variant, Outcome(rejected=str(reason))
             if original is None:
@@ -147,12 +145,14 @@ def check_variants(spec: Spec, count: int) -> Iterator[tuple[Spec, Outcome | Fuz
             yield variant, failure
 
 
-def _compare(spec: Spec, original: Program, small: Program, inputs: tuple[Tensor, ...]) -> None:
-    """Compare three ways in float64; raises RejectedError where rounding alone is too much."""
-    own, exact = (
-        outputs(build(spec)[0], inputs),
-        outputs(build(spec)[0].double(), [x.double() for x in inputs]),
-    )
+def _compare(
+    truths: tuple[nn.Module, nn.Module], original: Program, small: Program, inputs: tuple[Tensor, ...]
+) -> None:
+    """Compare three ways in float64; raises RejectedError where rounding alone is too much.
+
+    `truths`: the network itself, in float32 and in float64.
+    """
+    own, exact = outputs(truths[0], inputs), outputs(truths[1], [value.double() for value in inputs])
     if ill_conditioned(own, exact):
         raise RejectedError("ill-conditioned")
     with _documented_errors_only("running the programs"):
@@ -178,7 +178,7 @@ def ill_conditioned(own: list[Tensor], exact: list[Tensor]) -> bool:
 
 
 def _outcome(original: Program, small: Program) -> Outcome:
-    dense = plain_architecture(original)
+    dense = Canonicalize()(original).program
     before, after = count(dense).macs, count(small).macs
     if after > before:
         raise FuzzError("cost", f"{after} multiply-adds after, {before} before")

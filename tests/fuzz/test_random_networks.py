@@ -92,7 +92,7 @@ def test_a_spec_always_builds_the_same_network():
 def test_other_masks_on_a_captured_program_equal_a_new_capture():
     spec = networks.spec_of(2)
     other = Spec(**{**vars(spec), "masks": 3})
-    swapped = checks.with_masks(checks.capture(spec), spec, other)
+    swapped = checks.with_masks(checks.capture(spec), other)
     captured = checks.capture(other)
     assert str(swapped.graph) == str(captured.graph)
     assert any(
