@@ -209,7 +209,8 @@ def compile_exported(
     proof = None
     if verify:
         with _timed(times, "verification"):
-            references = _references(own or exported.module(), call, original, feeds)
+            devices = [tensor.device for tensor in examples]
+            references = _references(own or exported.module(), call, original, feeds, devices)
             verify_capture(references)
             error = verify_float64(original, small, references)
             proof = Verification(error, sum(_batch(entry.inputs) for entry in references))
@@ -245,12 +246,21 @@ def _run_passes(pipeline: Pipeline, original: Program, steps: list[Step]) -> tup
 
 
 def _references(
-    own: Callable[..., Any], call: Call, original: Program, given: Sequence[tuple[Tensor, ...]]
+    own: Callable[..., Any],
+    call: Call,
+    original: Program,
+    given: Sequence[tuple[Tensor, ...]],
+    devices: Sequence[torch.device],
 ) -> tuple[Reference, ...]:
-    """Return the original's outputs on the given inputs, and on random ones that it accepts."""
+    """Return the original's outputs on the given inputs, and on random ones that it accepts.
+
+    The original runs where the examples were, the rest of the proof on the CPU.
+    """
     found = []
     for number, feed in enumerate((*given, *random_inputs(original, given[0]))):
-        args, kwargs = call.nest_arguments(feed)
+        args, kwargs = call.nest_arguments(
+            value.to(device) for value, device in zip(feed, devices, strict=True)
+        )
         try:
             with torch.no_grad(), quiet_export():
                 results = call.flat_results(own(*args, **kwargs))
@@ -260,7 +270,8 @@ def _references(
             shapes = [list(tensor.shape) for tensor in feed]
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(f"the original fails on inputs of shapes {shapes}: {reason[0]}") from error
-        found.append(make_reference(original, feed, results))
+        own_results = [value.cpu() if isinstance(value, Tensor) else value for value in results]
+        found.append(make_reference(original, feed, own_results))
     return tuple(found)
 
 
