@@ -7,18 +7,19 @@ and times them in onnxruntime with one thread, interleaved with the dense networ
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from networks import switch_off
-from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
 
 import sbp_compile
 from sbp_compile.atomic import write_atomically
-from sbp_compile.nn import noise_layers
 from sbp_compile.timing import compare, environment
-from sbp_compile.training.models import LeNet5, LeNet500300
+from sbp_compile.training import LeNet5, LeNet500300, keep_random
 
 RESULT = Path(__file__).resolve().parents[1] / "docs" / "results" / "paper-structures.md"
 STRUCTURES = (
@@ -57,15 +58,20 @@ def main() -> None:
         write_atomically(RESULT, HEADER.format(**environment()) + "\n".join(rows) + "\n")
 
 
-def measure(name: str, network: nn.Module, kept: Sequence[int], paper: float, budget: float) -> list[str]:
+def measure(
+    name: str, network: LeNet5 | LeNet500300, kept: Sequence[int], paper: float, budget: float
+) -> list[str]:
     """The rows of one network, a batch size each."""
-    mask(network, kept)
-    compiled = sbp_compile.compile(network.eval(), torch.rand(2, *network.input_shape))  # type: ignore[misc]
-    models = {"dense": compiled.onnx_bytes(compiled.dense), "small": compiled.onnx_bytes()}
+    keep_random(network, kept)
+    compiled = sbp_compile.compile(network.eval(), torch.rand(2, *network.input_shape))
     ratio = compiled.report.before.macs / compiled.report.after.macs
     rows = []
     for batch in (1, 64):
-        found = compare(models, batch=batch, budget_s=budget)
+        with tempfile.TemporaryDirectory() as folder:
+            models = {"dense": Path(folder) / "dense.onnx", "small": Path(folder) / "small.onnx"}
+            compiled.write_onnx(models["dense"], compiled.dense)
+            compiled.save(models["small"])
+            found = compare(models, batch=batch, budget_s=budget)
         dense, small = (entry.median_s * 1e6 for entry in found.models)
         speed = found.ratios[0]
         rows.append(
@@ -73,22 +79,6 @@ def measure(name: str, network: nn.Module, kept: Sequence[int], paper: float, bu
             f"| {speed.ratio:.2f}x ({speed.ci_low:.2f} to {speed.ci_high:.2f}) | {paper}x |"
         )
     return rows
-
-
-def mask(network: nn.Module, kept: Sequence[int]) -> None:
-    """Keep so many units of each noise layer; flattened units are kept where their channel is."""
-    generator = torch.Generator().manual_seed(0)
-    live: torch.Tensor | None = None
-    for layer, count in zip(noise_layers(network), kept, strict=True):
-        size = layer.mu.numel()
-        allowed = torch.arange(size)
-        if live is not None and size == 16 * live.numel():
-            allowed = live.repeat_interleave(16).nonzero().flatten()
-        chosen = allowed[torch.randperm(allowed.numel(), generator=generator)[:count]]
-        live = torch.zeros(size, dtype=torch.bool).index_fill(0, chosen, True)
-        with torch.no_grad():
-            layer.mu.fill_(-0.3)
-        switch_off(layer, ~live)
 
 
 if __name__ == "__main__":
