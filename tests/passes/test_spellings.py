@@ -1,0 +1,63 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from passes import Canonicalize
+from tests.passes.support import assert_same, capture, targets_of
+
+aten = torch.ops.aten
+
+
+class Call(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def canonical(function, *shape):
+    original = capture(Call(function), torch.randn(shape))
+    result = Canonicalize()(original).program
+    assert_same(original, result)
+    return [target for target in targets_of(result) if target is not aten.sym_size.int]
+
+
+SPELLINGS = [
+    (lambda x: F.max_pool2d(x, 2, return_indices=True)[0], (2, 3, 6, 6), aten.max_pool2d.default),
+    (lambda x: F.max_pool3d(x, 2, return_indices=True)[0], (2, 3, 4, 4, 4), aten.max_pool3d.default),
+    (lambda x: F.adaptive_max_pool1d(x, 1), (2, 3, 7), aten.amax.default),
+    (lambda x: F.adaptive_max_pool2d(x, 1), (2, 3, 7, 5), aten.amax.default),
+    (lambda x: F.adaptive_max_pool2d(x, (3, 2)), (2, 3, 6, 6), aten.max_pool2d.default),
+    (lambda x: x.max(1).values, (2, 3, 6), aten.amax.default),
+    (lambda x: x.min(-1, keepdim=True)[0], (2, 3, 6), aten.amin.default),
+    (lambda x: x.max(), (2, 3, 6), aten.amax.default),
+    (lambda x: x.min(), (2, 3, 6), aten.amin.default),
+    (lambda x: F.pad(x, (1, 2), value=3.0), (2, 3, 6), aten.constant_pad_nd.default),
+    (lambda x: F.pad(x, (1, 2), mode="reflect"), (2, 3, 6), aten.reflection_pad1d.default),
+    (lambda x: F.pad(x, (1, 2, 0, 1), mode="replicate"), (2, 3, 6, 6), aten.replication_pad2d.default),
+]
+
+
+@pytest.mark.parametrize(("function", "shape", "target"), SPELLINGS)
+def test_each_has_one_spelling(function, shape, target):
+    assert canonical(function, *shape) == [target]
+
+
+def test_an_adaptive_maximum_that_does_not_divide_stays():
+    assert aten.adaptive_max_pool2d.default in canonical(lambda x: F.adaptive_max_pool2d(x, 4), 2, 3, 6, 6)
+
+
+def test_a_pool_whose_indices_are_read_stays():
+    def both(x):
+        values, indices = F.max_pool2d(x, 2, return_indices=True)
+        return values + indices
+
+    assert aten.max_pool2d_with_indices.default in canonical(both, 2, 3, 6, 6)
+
+
+@pytest.mark.parametrize("pads", [(0, 0), (0, 0, 0, 0)])
+def test_a_pad_that_adds_nothing_goes(pads):
+    assert canonical(lambda x: F.relu(F.pad(x, pads)), 2, 3, 6, 6) == [aten.relu.default]
