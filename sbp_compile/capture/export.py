@@ -19,6 +19,7 @@ DynamicBatch = bool | Literal["require"]
 _TORCH_WARNINGS = (
     (r"The tensor attributes? .* assigned during export", UserWarning),  # hooks of torch.nn.utils.prune
     (r"No complete tensor found in the group", UserWarning),  # a parameter that is a part of a larger tensor
+    (r"The given buffer is not writable", UserWarning),  # torch 2.11, when it reads a program
     (r".*(is|are) deprecated", FutureWarning),
     (r".*(is|are) deprecated", DeprecationWarning),
 )
