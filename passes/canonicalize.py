@@ -279,7 +279,7 @@ def _convolution_padding(op: Op, rewriter: Rewriter) -> fx.Node | None:
 
 
 def _arithmetic(neutral: float, commutes: bool) -> Handler:
-    """x op neutral = x where shape and dtype stay; a constant that was expanded only for this call is not expanded."""
+    """Give x for x op neutral where shape and dtype stay; a constant expanded for this call alone is not expanded."""
 
     def handler(op: Op, rewriter: Rewriter) -> fx.Node | None:
         first, second = op.node.args[:2]
