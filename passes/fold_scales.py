@@ -23,7 +23,7 @@ from passes.ir.lattice import along
 from passes.ir.pipeline import Result
 from passes.ir.program import Op, Program
 from passes.ir.rewriter import Rewriter
-from passes.rules.contraction import CONVOLUTIONS, LINEAR, Contraction, emit
+from passes.rules.contraction import CONVOLUTIONS, LINEAR, Contraction, emit, is_contraction
 
 aten = torch.ops.aten
 
@@ -243,10 +243,7 @@ def _contraction(program: Program, node: fx.Node) -> Contraction | None:
     if node.target is not LINEAR and node.target not in CONVOLUTIONS:
         return None
     op = program.op(node)
-    held = op.args["bias"]
-    if op.info is None or op.constant("weight") is None or (held is not None and op.constant("bias") is None):
-        return None
-    return Contraction(op)
+    return Contraction(op) if op.info is not None and is_contraction(op) else None
 
 
 def _pull(program: Program, node: fx.Node, joint: Affine) -> list[tuple[fx.Node, Affine]] | None:

@@ -170,13 +170,20 @@ def is_uniform(stored: Tensor, axis: int) -> bool:
     return bool(((stored - first).abs() <= 1e-15 * scale).all())
 
 
+def is_contraction(op: Op) -> bool:
+    """Whether weight and bias are constants of the usual ranks (a linear layer takes a vector and a number too)."""
+    weight, bias = op.constant("weight"), op.constant("bias")
+    if weight is None or weight.ndim != CONVOLUTIONS.get(op.target, 0) + 2:
+        return False
+    return op.args["bias"] is None or (bias is not None and bias.shape == weight.shape[:1])
+
+
 @rule(*CONVOLUTIONS, LINEAR)
 class ContractionRule(Rule):
     """conv1d/2d/3d and linear with a constant weight (and a constant bias or none)."""
 
     def applies(self, op: Op) -> bool:
-        bias = op.args["bias"]
-        return op.constant("weight") is not None and (bias is None or op.constant("bias") is not None)
+        return is_contraction(op)
 
     def forward(self, op: Op, facts: Sequence[Facts]) -> Facts:
         this = describe(op)

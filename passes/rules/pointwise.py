@@ -51,21 +51,30 @@ UNSAFE = (
     aten.log10.default, aten.log1p.default, aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default,
     aten.tan.default, aten.sinh.default, aten.cosh.default, aten.asin.default, aten.acos.default,
     aten.acosh.default, aten.atanh.default, aten.erfinv.default, aten.logit.default,
-    aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.atan2.default,
+    aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.atan2.default,
+)  # fmt: skip
+QUOTIENTS = (
+    aten.div.Tensor, aten.div.Tensor_mode, aten.div.Scalar_mode, aten.floor_divide.default,
     aten.fmod.Tensor, aten.fmod.Scalar, aten.remainder.Tensor, aten.remainder.Scalar,
-    aten.div.Tensor_mode, aten.div.Scalar_mode, aten.floor_divide.default,
 )  # fmt: skip
 
 
 @rule(*SAFE_UNARY, *SAFE_BINARY)
 class Pointwise(Rule):
-    """Any elementwise op that is finite for finite operands."""
+    """Any elementwise op that is finite for finite operands; `filler` stands for what is not known of them."""
+
+    filler = 0
 
     def forward(self, op: Op, facts: Sequence[Facts]) -> Facts:
-        if not any(fact.any_known for fact in facts):
+        plain = set(op.node.all_input_nodes) == set(op.operands)  # no number that only the input decides
+        if not plain or not any(fact.any_known for fact in facts):
             return Facts.unknown(op.out)
-        env = {operand: fact.known_value for operand, fact in zip(op.operands, facts, strict=True)}
+        values = [torch.where(fact.known, fact.value, self._filler(fact)) for fact in facts]
+        env = dict(zip(op.operands, values, strict=True))
         return Facts(schema.call(op.node, env.__getitem__), self.known(op, facts))
+
+    def _filler(self, fact: Facts) -> Tensor:
+        return torch.tensor(self.filler, dtype=fact.value.dtype)
 
     def known(self, op: Op, facts: Sequence[Facts]) -> Tensor:
         """Where the result is known: where every operand is."""
@@ -83,6 +92,8 @@ class Pointwise(Rule):
 class UnsafePointwise(Pointwise):
     """An elementwise op that can turn a finite operand into a value that is not finite."""
 
+    filler = 1  # torch refuses to divide integers by 0
+
     def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
         return [full_mask(op.info_of(operand), True) for operand in op.operands]
 
@@ -97,16 +108,32 @@ class Multiply(Pointwise):
         return _with_zeros(super().forward(op, facts), _zeros(op, facts))
 
 
-@rule(aten.div.Tensor)
+@rule(*QUOTIENTS)
 class Divide(UnsafePointwise):
-    """Quotient; safe where the divisor is a constant without zeros."""
+    """Quotient and remainder, 0 for a known 0; safe where the divisor is a constant without zeros."""
 
     def forward(self, op: Op, facts: Sequence[Facts]) -> Facts:
         return _with_zeros(super().forward(op, facts), _zeros(op, facts[:1]))
 
     def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
-        divisor = facts[-1]
-        if len(facts) == 2 and divisor.all_known and bool((divisor.value != 0).all()):
+        if _is_sure_not_zero(op.node.args[1], facts[1:]):
+            return Pointwise.backward(self, op, demand, facts)
+        return super().backward(op, demand, facts)
+
+
+def _is_sure_not_zero(divisor: object, facts: Sequence[Facts]) -> bool:
+    if facts:
+        return facts[0].all_known and bool((facts[0].value != 0).all())
+    return isinstance(divisor, (int, float)) and divisor != 0
+
+
+@rule(aten.pow.Tensor_Scalar)
+class Power(UnsafePointwise):
+    """x ** number; safe for the exponents 0, 1, 2, ..."""
+
+    def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
+        exponent = op.args["exponent"]
+        if isinstance(exponent, (int, float)) and exponent >= 0 and float(exponent).is_integer():
             return Pointwise.backward(self, op, demand, facts)
         return super().backward(op, demand, facts)
 
