@@ -71,6 +71,8 @@ def fold_constants(program: Program) -> Program:
             rewriter.env[node] = rewriter.constant(
                 values[node], node.meta.get("constant_name", node.name), dtype
             )
+        elif node.op == "call_function" and isinstance(values.get(node), (bool, int, float)):
+            rewriter.env[node] = values[node]
         elif node.op == "call_function" and node not in values:
             rewriter.env[node] = rewriter.copy(node)
     rewriter.output()
@@ -115,6 +117,15 @@ def _forward_operand(op: Op, rewriter: Rewriter) -> fx.Node:
     return rewriter.value(op.operands[0])
 
 
+def _on_contiguous(op: Op, rewriter: Rewriter) -> fx.Node:
+    """The call on a contiguous copy, for it reads memory as it lies; copies elsewhere are dropped."""
+    contiguous = {"memory_format": torch.contiguous_format}
+    copied = rewriter.call(
+        aten.clone.default, (rewriter.value(op.operands[0]),), contiguous, like=op.node, step="contiguous"
+    )
+    return rewriter.call(op.target, (copied, *rewriter.map(op.node.args[1:])), like=op.node)
+
+
 def _cast(op: Op, rewriter: Rewriter) -> fx.Node | None:
     source = op.operands[0]
     return (
@@ -142,6 +153,7 @@ def _batch_norm(op: Op, rewriter: Rewriter) -> fx.Node | None:
         mean is None
         or var is None
         or (op.args["weight"] is not None and gamma is None)
+        or (op.args["bias"] is not None and beta is None)
         or source not in op.program.infos
     ):
         return None
@@ -191,6 +203,8 @@ def _split_piece(op: Op, split: Op, rewriter: Rewriter) -> fx.Node | None:
         if not all(isinstance(size, int) for size in sizes):
             return None
         start, stop = sum(sizes[:position]), sum(sizes[: position + 1])
+    elif not isinstance(sizes, int):
+        return None
     else:
         start, stop = sizes * position, min(sizes * (position + 1), info.sizes[axis])
     return rewriter.call(aten.slice.Tensor, (rewriter.value(source), axis, start, stop), like=op.node)
@@ -325,7 +339,7 @@ def _view(op: Op, rewriter: Rewriter) -> fx.Node | None:
     source = op.operands[0] if op.operands else None
     if op.info is None or source is None:
         return None
-    if (op.info.sizes, op.info.other_sizes) == (op.info_of(source).sizes, op.info_of(source).other_sizes):
+    if op.info.has_shape_of(op.info_of(source)):
         return rewriter.value(source)
     entries = enumerate(rewriter.map(op.arg("size", "shape")))
     sizes = [op.out.sizes[axis] if op.out.is_static(axis) else entry for axis, entry in entries]
@@ -355,8 +369,11 @@ def _plain_batch_norm(op: Op, rewriter: Rewriter) -> fx.Node | None:
     return None if op.args["training"] else _batch_norm(op, rewriter)
 
 
+READS_MEMORY = (aten.as_strided.default, aten.view.dtype, aten.view_as_complex.default)
+
 HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys(COPIES, _forward_operand),
+    **dict.fromkeys(READS_MEMORY, _on_contiguous),
     **dict.fromkeys(CASTS, _cast),
     aten.sym_size.int: _size,
     aten._native_batch_norm_legit_no_training.default: _batch_norm,

@@ -123,7 +123,7 @@ def affine_step(program: Program, node: fx.Node) -> tuple[fx.Node, Affine] | Non
         return None
     x, scale, shift = found
     x_info = program.infos.get(x)
-    if x_info is None or x_info.sizes != info.sizes or x_info.other_sizes != info.other_sizes:
+    if x_info is None or not x_info.has_shape_of(info):
         return None
     parts = [_vector(part, info.rank) for part in (scale, shift)]
     axes = {part[0] for part in parts if part is not None and part[0] is not None}

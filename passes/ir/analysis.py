@@ -92,6 +92,8 @@ def _evaluate(op: Op, known: Sequence[Facts]) -> Facts | None:
     if set(op.node.all_input_nodes) != set(op.operands) or not all(fact.all_known for fact in known):
         return None
     infos = [op.info_of(operand) for operand in op.operands]
+    if not all(info.all_static for info in infos):
+        return None
     if max(_numel(info) for info in (*infos, op.out)) > LARGEST_CONSTANT:
         return None
     env = {
@@ -118,10 +120,10 @@ def is_constant(program: Program, node: fx.Node, facts: dict[str, Facts]) -> boo
 
 def size_source(program: Program, info: TensorInfo, axis: int) -> tuple[str, int] | None:
     """An input's name and axis whose size always equals this dynamic one."""
-    wanted = (info.sizes[axis], info.other_sizes[axis])
+    wanted = info.key(axis)
     for entry in program.inputs:
-        for position, pair in enumerate(zip(entry.sizes, entry.other_sizes, strict=True)):
-            if pair == wanted:
+        for position in range(len(entry.sizes)):
+            if entry.key(position) == wanted:
                 return entry.name, position
     return None
 

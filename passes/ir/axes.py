@@ -84,7 +84,7 @@ class _Run:
 
     def __init__(self, info: TensorInfo, start: int) -> None:
         self.info, self.start, self.stop = info, start, start
-        self.product = (1, 1)
+        self.product = (1, 1, 1)
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -93,8 +93,8 @@ class _Run:
     def take(self) -> bool:
         if self.stop == self.info.rank:
             return False
-        sizes = self.info.sizes[self.stop], self.info.other_sizes[self.stop]
-        self.product = self.product[0] * sizes[0], self.product[1] * sizes[1]
+        first, second, third = self.info.key(self.stop)
+        self.product = self.product[0] * first, self.product[1] * second, self.product[2] * third
         self.stop += 1
         return True
 

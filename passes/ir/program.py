@@ -28,13 +28,24 @@ if TYPE_CHECKING:
 class Input:
     """One tensor input of the network.
 
-    `sizes` and `other_sizes` are two admissible shapes that differ along every dynamic axis and agree along all others.
+    `sizes`, `other_sizes` and `far_sizes` are three admissible shapes that agree along exactly the static axes. The
+    first two are of everyday size; the third lies far off, so that sizes like n // 70 do not agree by chance
+    (default: the second again).
     """
 
     name: str
     dtype: torch.dtype
     sizes: tuple[int, ...]
     other_sizes: tuple[int, ...]
+    far_sizes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.far_sizes:
+            object.__setattr__(self, "far_sizes", self.other_sizes)
+
+    def key(self, axis: int) -> tuple[int, ...]:
+        """An axis' size under each example shape: equal keys, equal sizes."""
+        return self.sizes[axis], self.other_sizes[axis], self.far_sizes[axis]
 
     @property
     def working_dtype(self) -> torch.dtype:
@@ -44,18 +55,27 @@ class Input:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Sizes of a value under both of the inputs' example shapes, and its dtype."""
+    """Sizes of a value under the inputs' example shapes (see Input), and its dtype."""
 
     sizes: tuple[int, ...]
     other_sizes: tuple[int, ...]
     dtype: torch.dtype
+    far_sizes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.far_sizes:
+            object.__setattr__(self, "far_sizes", self.other_sizes)
+
+    def key(self, axis: int) -> tuple[int, ...]:
+        """An axis' size under each example shape: equal keys, equal sizes."""
+        return self.sizes[axis], self.other_sizes[axis], self.far_sizes[axis]
 
     @property
     def rank(self) -> int:
         return len(self.sizes)
 
     def is_static(self, axis: int) -> bool:
-        return self.sizes[axis] == self.other_sizes[axis]
+        return len(set(self.key(axis))) == 1
 
     @cached_property
     def static_axes(self) -> tuple[int, ...]:
@@ -63,7 +83,15 @@ class TensorInfo:
 
     @property
     def all_static(self) -> bool:
-        return self.sizes == self.other_sizes
+        return self.sizes == self.other_sizes == self.far_sizes
+
+    def has_shape_of(self, other: TensorInfo) -> bool:
+        """Whether both have the same shape at run time."""
+        return (self.sizes, self.other_sizes, self.far_sizes) == (
+            other.sizes,
+            other.other_sizes,
+            other.far_sizes,
+        )
 
 
 @dataclass(frozen=True)
@@ -115,11 +143,14 @@ class Program:
         """Sizes and dtype of every tensor value whose sizes can be derived without data."""
         first = run_on_meta(self, [entry.sizes for entry in self.inputs])
         second = run_on_meta(self, [entry.other_sizes for entry in self.inputs])
+        third = run_on_meta(self, [entry.far_sizes for entry in self.inputs])
         found = {}
         for node, value in first.items():
             other = second.get(node)
             if isinstance(value, Tensor) and isinstance(other, Tensor) and value.ndim == other.ndim:
-                found[node] = TensorInfo(tuple(value.shape), tuple(other.shape), value.dtype)
+                far = third.get(node)
+                far_sizes = tuple(far.shape) if isinstance(far, Tensor) and far.ndim == value.ndim else ()
+                found[node] = TensorInfo(tuple(value.shape), tuple(other.shape), value.dtype, far_sizes)
         return found
 
     def op(self, node: fx.Node) -> Op:
@@ -174,7 +205,7 @@ def _call_on_meta(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     device = {} if node.kwargs.get("device") is None else {"device": torch.device("meta")}
     try:
         return schema.call(node, env.__getitem__, **device)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
+    except Exception:  # whatever the operators of the user's model raise without data
         return _FAILED
 
 

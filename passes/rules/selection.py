@@ -182,7 +182,7 @@ def _repeat(op: Op) -> Reading | None:
 def _repeated(op: Op, source: int, axis: int) -> AxisRead:
     """An operand axis that the result holds a whole number of times."""
     info = op.info_of(op.operands[0])
-    if (info.sizes[source], info.other_sizes[source]) == (op.out.sizes[axis], op.out.other_sizes[axis]):
+    if info.key(source) == op.out.key(axis):
         return AxisRead(source)
     if info.is_static(source) and op.out.is_static(axis):
         return AxisRead(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ def program_from_export(exported: ExportedProgram) -> Program:
                 env[node] = graph.create_node("get_attr", spec.target, (), {})
             elif isinstance(spec.arg, TensorArgument):
                 value = node.meta["val"]
-                inputs.append(Input(node.name, value.dtype, hints.sizes(value, 0), hints.sizes(value, 1)))
+                inputs.append(
+                    Input(node.name, value.dtype, *(hints.sizes(value, which) for which in range(3)))
+                )
                 env[node] = graph.create_node("placeholder", node.name, (), {}, name=node.name)
                 env[node].meta = _meta(node)
             else:
@@ -79,6 +82,11 @@ def _call(graph: fx.Graph, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> 
         raise UnsupportedModelError(
             f"{node.name} ({node.target}) draws random numbers in eval mode, so there is no one function to "
             "compile; take it out of the model's forward or pass its result as an input"
+        )
+    if node.target is aten.as_strided.default and not node.args[0].meta["val"].is_contiguous():
+        raise UnsupportedModelError(
+            f"{node.name} ({node.target}) reads the memory of a tensor that is not contiguous, so its result "
+            "depends on how that tensor was computed; call contiguous() in front of it"
         )
     made = _takes_default_dtype(node)
     call = graph.create_node(
@@ -205,17 +213,17 @@ def _meta(node: fx.Node) -> dict[str, Any]:
 
 
 class SizeHints:
-    """Two admissible values for every symbolic size.
+    """Three admissible values for every symbolic size, other ones for every symbol.
 
-    Small ones for a leading axis, multiples of 32 for the others.
+    Small ones for a leading axis, multiples of 32 for the others; the third is far from the first two.
     """
 
     def __init__(self, exported: ExportedProgram) -> None:
         self._ranges = exported.range_constraints
-        self._values: dict[Any, tuple[int, int]] = {}
+        self._values: dict[Any, tuple[int, ...]] = {}
 
     def sizes(self, value: Tensor, which: int) -> tuple[int, ...]:
-        """Return the first (`which` = 0) or second admissible shape of a value."""
+        """Return an admissible shape of a value: the first, second or third (`which` = 0, 1, 2)."""
         return tuple(self._size(size, axis == 0, which) for axis, size in enumerate(value.shape))
 
     def _size(self, size: Any, leading: bool, which: int) -> int:
@@ -225,20 +233,25 @@ class SizeHints:
         symbols = sorted(expression.free_symbols, key=str)
         return int(expression.subs({symbol: self._symbol(symbol, leading)[which] for symbol in symbols}))
 
-    def _symbol(self, symbol: Any, leading: bool) -> tuple[int, int]:
+    def _symbol(self, symbol: Any, leading: bool) -> tuple[int, ...]:
         if symbol not in self._values:
             count = len(self._values)
-            first, second = (2 + 2 * count, 3 + 2 * count) if leading else (96 + 64 * count, 128 + 64 * count)
-            self._values[symbol] = self._admissible(symbol, first, second)
+            wanted = (2 + 2 * count, 3 + 2 * count, 2003 + 10 * count)
+            if not leading:
+                wanted = (96 + 64 * count, 128 + 64 * count, 32 * (113 + 7 * count))
+            self._values[symbol] = self._admissible(symbol, wanted)
         return self._values[symbol]
 
-    def _admissible(self, symbol: Any, first: int, second: int) -> tuple[int, int]:
+    def _admissible(self, symbol: Any, wanted: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the wanted values where the symbol's range allows them, else others that no symbol has yet."""
         allowed = self._ranges.get(symbol)
         if allowed is None:
-            return first, second
-        low, high = int(allowed.lower), allowed.upper
-        if first < low:
-            first, second = low, low + 1
-        if second > high:
-            first, second = int(high) - 1, int(high)
-        return first, second
+            return wanted
+        low, high = max(int(allowed.lower), 1), allowed.upper
+        if low <= min(wanted) and max(wanted) <= high:
+            return wanted
+        top = int(high) if high <= low + 4096 else low + 4096
+        ends = [*range(max(low, 2), min(low + 8, top) + 1), *range(max(low, top - 8), top + 1)]
+        taken = set(self._values.values())
+        triples = ((a, b, c) for a, b, c in itertools.product(ends, ends, reversed(ends)) if a != b)
+        return next((triple for triple in triples if triple not in taken), wanted)

@@ -170,7 +170,7 @@ def _name_dimensions(model: onnx.ModelProto, program: Program) -> None:
             if pair[0] != pair[1]:
                 known[entry.name, axis] = "batch" if axis == 0 else f"{entry.name}_{axis}"
     for value, entry in zip(model.graph.input, program.inputs, strict=True):
-        info = TensorInfo(entry.sizes, entry.other_sizes, entry.dtype)
+        info = TensorInfo(entry.sizes, entry.other_sizes, entry.dtype, entry.far_sizes)
         _set_dimensions(value, info, program, known)
     results = [result for result in program.outputs if isinstance(result, fx.Node)]
     for value, node in zip(model.graph.output, results, strict=True):
@@ -185,11 +185,9 @@ def _set_dimensions(
     known: Mapping[tuple[str, int], str],
 ) -> None:
     shape = value.type.tensor_type.shape
-    for axis, (size, other) in enumerate(zip(info.sizes, info.other_sizes, strict=True)):
-        if axis >= len(shape.dim):
-            return
-        if size == other:
-            shape.dim[axis].dim_value = size
+    for axis in range(min(info.rank, len(shape.dim))):
+        if info.is_static(axis):
+            shape.dim[axis].dim_value = info.sizes[axis]
             continue
         source = size_source(program, info, axis)
         shape.dim[axis].dim_param = known[source] if source is not None else f"{value.name}_{axis}"

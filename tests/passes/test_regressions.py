@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from tests.passes.support import check
+from passes import default_pipeline
+from tests.passes.support import capture, check, run
 
 
 class Then(nn.Module):
@@ -39,3 +40,28 @@ class Tokens(nn.Module):
 
 def test_a_channel_that_is_constant_at_the_live_token_and_dead_at_the_others_is_absorbed():
     check(Tokens(), torch.randn(2, 2, 3))
+
+
+def test_a_size_that_two_example_shapes_agree_on_is_not_static():
+    class Pooled(nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.max_pool2d(x * 0.0 + 1.0, 70, 70)
+
+    height, width = torch.export.Dim("height", min=140), torch.export.Dim("width", min=140)
+    original = capture(Pooled(), torch.randn(2, 3, 150, 160), dynamic=({2: height, 3: width},))
+    result = default_pipeline()(original).program
+    x = torch.randn(2, 3, 430, 500, dtype=torch.float64)
+    assert run(result, x)[0].shape == run(original, x)[0].shape == (2, 3, 6, 7)
+
+
+def test_two_axes_of_the_same_small_range_are_told_apart():
+    height, width = torch.export.Dim("height", min=4, max=48), torch.export.Dim("width", min=4, max=48)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), Then(torch.zeros(4, 1, 1), torch.relu))
+    original = capture(network, torch.randn(2, 3, 20, 24), dynamic=({2: height, 3: width},))
+    result = default_pipeline()(original).program
+    x = torch.randn(2, 3, 20, 31, dtype=torch.float64)
+    assert run(result, x)[0].shape == (2, 4, 20, 31)
+
+
+def test_a_constant_summed_over_the_batch_follows_the_batch():
+    check(Then(torch.zeros(3), lambda x: (x + 1.0).sum(0)), torch.randn(2, 3))
