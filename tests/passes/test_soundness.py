@@ -92,3 +92,48 @@ def test_a_linear_layer_with_a_vector_for_a_weight_is_left_alone():
 def test_a_linear_layer_with_a_number_for_a_bias_is_left_alone():
     buffers = {"mask": MASK, "w": torch.randn(4, 6), "b": torch.randn(1)}
     check(On(lambda self, x: F.linear(x * self.mask, self.w, self.b) * 2, **buffers), torch.randn(3, 6))
+
+
+def test_a_sum_of_constants_over_the_batch_counts_the_batch():
+    def function(self, x):
+        return (x * 0.0 + self.t).sum(0, keepdim=True) + x * 0.0
+
+    check(On(function, t=torch.randn(6)), torch.randn(3, 6))
+
+
+def test_a_number_read_from_a_buffer_is_a_constant():
+    def function(self, x):
+        return F.linear(x * self.factor.item(), self.w)[:, : self.count.item()]
+
+    buffers = {"w": torch.randn(4, 6), "factor": torch.tensor(3.0), "count": torch.tensor(3)}
+    assert shapes_of(check(On(function, **buffers), torch.randn(3, 6)))["w"] == (3, 6)
+
+
+def test_a_batch_norm_with_a_bias_that_depends_on_the_input_is_left_alone():
+    def function(self, x):
+        return F.batch_norm(x, self.mean, self.var, self.weight, F.linear(x, self.w).mean(0))
+
+    buffers = {"mean": torch.randn(6), "var": torch.rand(6) + 0.5, "weight": torch.rand(6)}
+    check(On(function, w=torch.randn(6, 6), **buffers), torch.randn(3, 6))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y: y.contiguous().view(torch.int32),
+        lambda y: torch.view_as_real(torch.view_as_complex(y.contiguous()) * 2.0),
+        lambda y: y.contiguous().as_strided((2, 3), (3, 1)),
+    ],
+    ids=["another dtype", "complex", "strided"],
+)
+def test_what_reads_memory_as_it_lies_reads_a_contiguous_copy(function):
+    network = On(lambda self, x: function(F.linear(x, self.w).transpose(1, 2)), w=torch.randn(5, 5))
+    check(network, torch.randn(4, 2, 5), dynamic=False)
+
+
+def test_pieces_whose_size_only_the_input_decides_are_left_alone():
+    def function(self, x):
+        return F.linear(x * self.mask, self.w).split(x.shape[0], 1)[0]
+
+    network = On(function, mask=MASK, w=torch.randn(12, 6))
+    check(network, torch.randn(3, 6), dynamic=({0: torch.export.Dim.AUTO},))
