@@ -2,6 +2,7 @@
 
 - max_pool*_with_indices becomes max_pool*; max and min, of an axis or of everything, become amax and amin;
 - adaptive_max_pool* becomes amax where one position is left, max_pool* where static sizes divide;
+- an average pool with a divisor of its own becomes a plain one times a number (ONNX has no such attribute);
 - pad becomes constant_pad_nd, reflection_pad* or replication_pad*, and nothing where it adds nothing.
 
 A call whose other outputs are used stays as it is.
@@ -9,6 +10,7 @@ A call whose other outputs are used stays as it is.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -106,6 +108,22 @@ def _pad(op: Op, rewriter: Rewriter) -> fx.Node | None:
     return None if packets is None else rewriter.call(packets[len(pads) // 2 - 1].default, args, like=op.node)
 
 
+def _pool_with_divisor(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    """An average with a divisor of its own: the plain one, padding counted, times window / divisor.
+
+    Not with `ceil_mode`: there the plain average divides by the part of the window inside the padding.
+    """
+    divisor = op.args["divisor_override"]
+    if divisor is None or op.args["ceil_mode"]:
+        return None
+    rank = {aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}[op.target]
+    window = list(op.args["kernel_size"])
+    area = math.prod(window) ** (rank if len(window) == 1 else 1)
+    args = [rewriter.map(op.args[name]) for name in ("self", "kernel_size", "stride", "padding")]
+    mean = rewriter.call(op.target, (*args, False, True), like=op.node, step="mean")
+    return rewriter.call(aten.mul.Tensor, (mean, area / divisor), like=op.node)
+
+
 FIRST_OUTPUTS: dict[Any, Piece] = {
     aten.max_pool1d_with_indices.default: _plain_pool(aten.max_pool1d.default),
     aten.max_pool2d_with_indices.default: _plain_pool(aten.max_pool2d.default),
@@ -119,6 +137,8 @@ FIRST_OUTPUTS: dict[Any, Piece] = {
 SPELLINGS: dict[Any, Spelling] = {
     aten.max.default: _whole_extremum(aten.amax.default),
     aten.min.default: _whole_extremum(aten.amin.default),
+    aten.avg_pool2d.default: _pool_with_divisor,
+    aten.avg_pool3d.default: _pool_with_divisor,
     aten.pad.default: _pad,
     aten.constant_pad_nd.default: _constant_pad,
 }

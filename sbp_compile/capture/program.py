@@ -83,7 +83,8 @@ def _call(graph: fx.Graph, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> 
             f"{node.name} ({node.target}) draws random numbers in eval mode, so there is no one function to "
             "compile; take it out of the model's forward or pass its result as an input"
         )
-    if node.target is aten.as_strided.default and not node.args[0].meta["val"].is_contiguous():
+    strided = node.args[0] if node.target is aten.as_strided.default else None
+    if isinstance(strided, fx.Node) and not strided.meta["val"].is_contiguous():
         raise UnsupportedModelError(
             f"{node.name} ({node.target}) reads the memory of a tensor that is not contiguous, so its result "
             "depends on how that tensor was computed; call contiguous() in front of it"

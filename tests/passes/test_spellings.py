@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from passes import Canonicalize
-from tests.passes.support import assert_same, capture, targets_of
+from tests.passes.support import assert_same, capture, check, targets_of
 
 aten = torch.ops.aten
 
@@ -61,3 +61,11 @@ def test_a_pool_whose_indices_are_read_stays():
 @pytest.mark.parametrize("pads", [(0, 0), (0, 0, 0, 0)])
 def test_a_pad_that_adds_nothing_goes(pads):
     assert canonical(lambda x: F.relu(F.pad(x, pads)), 2, 3, 6, 6) == [aten.relu.default]
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_an_average_with_its_own_divisor_is_a_plain_one_times_a_number(padding):
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(3, 2, padding, divisor_override=5))
+    targets = targets_of(check(network, torch.randn(2, 3, 9, 8)))
+    assert torch.ops.aten.avg_pool2d.default in targets
+    assert torch.ops.aten.mul.Tensor not in targets
