@@ -224,7 +224,7 @@ def compile_exported(
         report,
         call,
         feeds[0],
-        _output_names(small, call),
+        _output_names(original, call),
         references,
         _hash(original),
     )
@@ -288,8 +288,13 @@ def _batch_notes(program: Program) -> list[Note]:
 
 
 def _output_names(program: Program, call: Call) -> tuple[str | None, ...]:
-    tensors = [isinstance(result, fx.Node) for result in program.outputs]
+    tensors = [isinstance(result, fx.Node) and not _is_number(result) for result in program.outputs]
     return call.output_names(tensors, [entry.name for entry in program.inputs])
+
+
+def _is_number(result: fx.Node) -> bool:
+    """Whether a call gives a size or another plain number."""
+    return result.op == "call_function" and "dtype" not in result.meta
 
 
 def _hash(program: Program) -> str:

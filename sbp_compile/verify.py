@@ -9,7 +9,8 @@ equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,14 +215,16 @@ def verify_onnx(
         providers.append("CUDAExecutionProvider")
     found, used = [], []
     for provider in providers:
-        session = _session(path, provider)
+        with _runtime_failures():
+            session = _session(path, provider)
         if provider not in session.get_providers():
             continue  # its libraries are not there, and the session fell back to the CPU
 
         def run_one(
             inputs: Sequence[Tensor], session: onnxruntime.InferenceSession = session
         ) -> list[Tensor]:
-            return _run_session(session, small, inputs)
+            with _runtime_failures():
+                return _run_session(session, small, inputs)
 
         def locate(inputs: Sequence[Tensor]) -> str:
             return _first_onnx_difference(path, small, inputs)
@@ -229,6 +232,17 @@ def verify_onnx(
         found.append(_verify_file(run_one, references, names, f"onnxruntime ({provider})", locate))
         used.append(provider)
     return max(error for error, _ in found), max(limit for _, limit in found), tuple(used)
+
+
+@contextmanager
+def _runtime_failures() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # onnxruntime documents no closed list
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(
+            f"onnxruntime cannot run the network ({reason}); save it as .pt2, or compile the model in float32"
+        ) from error
 
 
 def _verify_file(

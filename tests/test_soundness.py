@@ -1,5 +1,8 @@
 """Models that once got past the compiler's own proof."""
 
+from pathlib import Path
+
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,3 +31,52 @@ def test_the_same_model_compiles_for_the_batch_that_is_used() -> None:
     model, example = OtherPathForOne(), torch.randn(1, 4)
     compiled = sbp_compile.compile(model, example, dynamic_batch=False)
     assert torch.allclose(compiled.module(example), model(example))
+
+
+class Function(nn.Module):
+    """A linear layer and a function of it and the inputs."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.function = function
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(self.layer, x)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_a_size_among_the_outputs_is_no_tensor(suffix: str, tmp_path: Path) -> None:
+    model = Function(lambda layer, x: (layer(x), x.shape[0], None))
+    compiled = sbp_compile.compile(model, torch.randn(3, 4))
+    compiled.save(tmp_path / f"small{suffix}")
+    assert compiled.output_names == ("output_0", None, None)
+    assert compiled.module(torch.randn(5, 4))[1:] == (5, None)
+
+
+def test_what_onnxruntime_cannot_run_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    model = Function(lambda layer, x: layer(x)).bfloat16()
+    compiled = sbp_compile.compile(model, torch.randn(3, 4).bfloat16())
+    with pytest.raises(UnsupportedModelError, match=r"onnxruntime cannot run .* save it as \.pt2"):
+        compiled.save(tmp_path / "small.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+class TwoSets(nn.Module):
+    """One layer on two inputs of independent lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), self.layer(y)
+
+
+def test_two_leading_axes_of_independent_sizes_have_two_names(tmp_path: Path) -> None:
+    shapes = {"x": {0: torch.export.Dim("n")}, "y": {0: torch.export.Dim("m")}}
+    example = (torch.randn(3, 4), torch.randn(5, 4))
+    sbp_compile.compile(TwoSets(), example, dynamic_shapes=shapes).save(tmp_path / "small.onnx")
+    graph = onnx.load(tmp_path / "small.onnx").graph
+    leading = [value.type.tensor_type.shape.dim[0].dim_param for value in (*graph.input, *graph.output)]
+    assert leading == ["batch", "y_0", "batch", "y_0"]

@@ -41,7 +41,8 @@ def onnx_model(
     _keep_outputs(module, [name is not None for name in output_names])
     names = [name for name in output_names if name is not None]
     model = _cleaned(_export(program, module, len(names), opset), names)
-    _name_dimensions(model, program)
+    results = zip(program.outputs, output_names, strict=True)
+    _name_dimensions(model, program, [result for result, name in results if name is not None])
     with _without_weights(model):
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     model.graph.value_info.extend(inferred.graph.value_info)
@@ -116,7 +117,7 @@ def _example(sizes: tuple[int, ...], dtype: torch.dtype, floating: torch.dtype) 
 
 def _dynamic_shapes(program: Program) -> dict[str, Any]:
     """One `batch` for the leading dynamic axis; torch finds out how the other dynamic axes hang together."""
-    batch = next((pair for entry in program.inputs for pair in _pairs(entry)[:1] if pair[0] != pair[1]), None)
+    batch = _batch(program)
     dim = Dim("batch", min=1)
     return {
         entry.name: {
@@ -126,6 +127,11 @@ def _dynamic_shapes(program: Program) -> dict[str, Any]:
         }
         for entry in program.inputs
     }
+
+
+def _batch(program: Program) -> tuple[int, int] | None:
+    """Return both sizes of the first dynamic axis that leads an input."""
+    return next((pair for entry in program.inputs for pair in _pairs(entry)[:1] if pair[0] != pair[1]), None)
 
 
 def _pairs(entry: Input) -> list[tuple[int, int]]:
@@ -163,16 +169,16 @@ def _cleaned(proto: onnx.ModelProto, output_names: list[str]) -> onnx.ModelProto
     return model
 
 
-def _name_dimensions(model: onnx.ModelProto, program: Program) -> None:
+def _name_dimensions(model: onnx.ModelProto, program: Program, results: Sequence[fx.Node]) -> None:
     known: dict[tuple[str, int], str] = {}
+    batch = _batch(program)
     for entry in program.inputs:
         for axis, pair in enumerate(_pairs(entry)):
             if pair[0] != pair[1]:
-                known[entry.name, axis] = "batch" if axis == 0 else f"{entry.name}_{axis}"
+                known[entry.name, axis] = "batch" if axis == 0 and pair == batch else f"{entry.name}_{axis}"
     for value, entry in zip(model.graph.input, program.inputs, strict=True):
         info = TensorInfo(entry.sizes, entry.other_sizes, entry.dtype, entry.far_sizes)
         _set_dimensions(value, info, program, known)
-    results = [result for result in program.outputs if isinstance(result, fx.Node)]
     for value, node in zip(model.graph.output, results, strict=True):
         if node in program.infos:
             _set_dimensions(value, program.infos[node], program, known)
