@@ -80,3 +80,26 @@ def test_two_leading_axes_of_independent_sizes_have_two_names(tmp_path: Path) ->
     graph = onnx.load(tmp_path / "small.onnx").graph
     leading = [value.type.tensor_type.shape.dim[0].dim_param for value in (*graph.input, *graph.output)]
     assert leading == ["batch", "y_0", "batch", "y_0"]
+
+
+def test_weights_decide_the_dtype_not_an_input_that_is_cast_first(tmp_path: Path) -> None:
+    model = Function(lambda layer, x: layer(x.float()))
+    compiled = sbp_compile.compile(model, torch.randn(3, 4).half())
+    compiled.save(tmp_path / "small.onnx")
+    assert compiled.module(torch.randn(3, 4).half()).dtype == torch.float32
+
+
+class TwoDtypes(TwoSets):
+    """Inputs of two dtypes, brought to one."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return self.layer(x) + self.layer(y.float())
+
+
+@pytest.mark.parametrize("other", [torch.float16, torch.float64])
+def test_inputs_keep_their_own_dtypes(other: torch.dtype, tmp_path: Path) -> None:
+    example = (torch.randn(3, 4), torch.randn(3, 4).to(other))
+    compiled = sbp_compile.compile(TwoDtypes(), example)
+    compiled.save(tmp_path / "small.onnx")
+    taken = [value.type.tensor_type.elem_type for value in onnx.load(tmp_path / "small.onnx").graph.input]
+    assert taken == [onnx.helper.np_dtype_to_tensor_dtype(value.numpy().dtype) for value in example]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -53,15 +54,19 @@ def compiled_module(network: fx.GraphModule, call: Call) -> CompiledModule:
 
 
 def emission_dtype(program: Program) -> torch.dtype:
-    """Return the one floating-point dtype of the emitted network: its inputs', else its constants' widest."""
-    for entry in program.inputs:
-        if entry.dtype.is_floating_point:
-            return entry.dtype
-    floats = [dtype for dtype in program.dtypes.values() if dtype.is_floating_point]
-    result = floats[0] if floats else torch.float32
-    for dtype in floats[1:]:
-        result = torch.promote_types(result, dtype)
-    return result
+    """Return the one floating-point dtype of the emitted network.
+
+    The dtype of most of its weights, widened to the narrowest of its inputs: neither a stray buffer nor an input
+    that the network casts first decides for all.
+    """
+    numbers: dict[torch.dtype, int] = {}
+    for name, dtype in program.dtypes.items():
+        if dtype.is_floating_point:
+            numbers[dtype] = numbers.get(dtype, 0) + program.constants[name].numel()
+    inputs = [entry.dtype for entry in program.inputs if entry.dtype.is_floating_point]
+    found = [max(numbers, key=lambda dtype: (numbers[dtype], dtype.itemsize))] if numbers else []
+    found += [min(inputs, key=lambda dtype: dtype.itemsize)] if inputs else []
+    return functools.reduce(torch.promote_types, found) if found else torch.float32
 
 
 def emit_graph_module(program: Program, dtype: torch.dtype | None = None) -> fx.GraphModule:
@@ -127,9 +132,13 @@ def _emission_graph(program: Program, names: dict[str, str], dtype: torch.dtype)
             shared[name] = graph.create_node("get_attr", name, (), {})
         return shared[name]
 
+    given = {entry.name: entry.dtype for entry in program.inputs}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             env[node] = graph.create_node("placeholder", node.target, (), {}, name=node.name)
+            if given[str(node.target)].is_floating_point and given[str(node.target)] != dtype:
+                args = (env[node], attribute(ANCHOR))
+                env[node] = graph.create_node("call_function", aten.type_as.default, args, {})
         elif node.op == "get_attr":
             env[node] = attribute(names[str(node.target)])
         elif node.op == "call_function":

@@ -13,13 +13,13 @@ from typing import Any
 import onnx
 import onnx_graphsurgeon as gs
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.export import Dim
 
 from passes.ir.analysis import size_source
 from passes.ir.program import Input, Program, TensorInfo
 from sbp_compile.capture.export import quiet_export
-from sbp_compile.emit.module import emission_dtype, emit_graph_module
+from sbp_compile.emit.module import emit_graph_module
 
 OPSET = 20
 LARGEST_EMBEDDED = 2_000_000_000
@@ -94,7 +94,7 @@ def _without_weights(model: onnx.ModelProto) -> Iterator[None]:
 
 
 def _export(program: Program, module: fx.GraphModule, outputs: int, opset: int) -> onnx.ModelProto:
-    args = tuple(_example(entry.sizes, entry.dtype, emission_dtype(program)) for entry in program.inputs)
+    args = tuple(torch.zeros(entry.sizes, dtype=entry.dtype) for entry in program.inputs)
     with quiet_export(), _quiet_onnx():
         exported = torch.export.export(module, args, dynamic_shapes=_dynamic_shapes(program), strict=False)
         converted = torch.onnx.export(
@@ -109,10 +109,6 @@ def _export(program: Program, module: fx.GraphModule, outputs: int, opset: int) 
     assert converted is not None
     proto: onnx.ModelProto = converted.model_proto
     return proto
-
-
-def _example(sizes: tuple[int, ...], dtype: torch.dtype, floating: torch.dtype) -> Tensor:
-    return torch.zeros(sizes, dtype=floating if dtype.is_floating_point else dtype)
 
 
 def _dynamic_shapes(program: Program) -> dict[str, Any]:
