@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.fuzz import checks, networks
 from tests.fuzz.networks import Spec, Step
 
-FLOAT64_NETWORKS = 80
-MASKS_EACH = 3
+FLOAT64_NETWORKS = 60
+MASKS_EACH = 4
 DRAWN_NETWORKS = 60
 ONNX_NETWORKS = 60
 CHUNK = 20
