@@ -22,7 +22,8 @@ from passes.ir.pipeline import Note, Result
 from passes.ir.program import Program
 from passes.ir.rewriter import Rewriter
 from passes.rules import rule_for
-from passes.rules.contraction import LINEAR, Contraction, ContractionRule, is_uniform
+from passes.rules.contraction import ContractionRule
+from passes.rules.layer import LINEAR, Contraction, describe, is_uniform
 
 aten = torch.ops.aten
 
@@ -61,7 +62,7 @@ class SelectInputs:
         op = program.op(node)
         if not isinstance(rule_for(op), ContractionRule):
             return None
-        this, facts = Contraction(op), analysis.facts[op.operands[0].name]
+        this, facts = describe(op), analysis.facts[op.operands[0].name]
         read = this.columns.any(0)
         unneeded = ~read
         known = all_over_others(facts.known, this.axis, this.in_channels) & read

@@ -15,6 +15,8 @@ LAYERS = (
     "passes.rules",
     "passes.spellings",
     "passes.canonicalize",
+    "passes.affine",
+    "passes.commute",
     "passes.fold_scales",
     "passes.analyze_channels",
     "passes.absorb_constants",

@@ -343,3 +343,10 @@ def test_a_branch_times_the_number_zero_disappears():
             return self.stem(x) + 0.0 * self.branch(x)
 
     assert widths(check(Block(), IMAGE)) == [(8, 3)]
+
+
+def test_a_scale_folds_through_resampling():
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Upsample(scale_factor=2, mode="bilinear"), Mask(8, 8), nn.Tanh()
+    )
+    assert aten.mul.Tensor not in targets_of(check(network, IMAGE))
