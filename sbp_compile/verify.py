@@ -9,7 +9,7 @@ equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,7 @@ class Verification:
 class Reference:
     """One verification input with the original's flat outputs: in its own dtype and in float64.
 
+    `dtypes`: the floating-point dtypes that the original computes in; the coarsest decides what is a rounding.
     `shifted`: the float64 outputs with weights a little to either side, where an output is discrete; what any
     of them has is as good as `exact`.
     """
@@ -57,17 +58,28 @@ class Reference:
     inputs: tuple[Tensor, ...]
     own: tuple[Any, ...]
     exact: tuple[Any, ...]
+    dtypes: frozenset[torch.dtype]
     shifted: tuple[tuple[Any, ...], ...] = ()
+
+    def tolerance(self, of: Mapping[torch.dtype, float]) -> float:
+        """Return the tolerance of the coarsest dtype, from a table by dtype."""
+        return max((of.get(dtype, 0.0) for dtype in self.dtypes), default=0.0)
 
 
 def make_reference(original: Program, inputs: tuple[Tensor, ...], own: Sequence[Any]) -> Reference:
     """Run the original in float64; where an output is discrete, also with weights a little to either side."""
-    exact = run(original, inputs)
+    exact, dtypes = run(original, inputs), _floating_dtypes(original)
     if not any(_is_discrete(value) for value in exact):
-        return Reference(inputs, tuple(own), exact)
+        return Reference(inputs, tuple(own), exact, dtypes)
     sides = [(seed, sign) for seed in (0, 1) for sign in (1.0, -1.0)]
     shifted = tuple(run(_shifted(original, seed, sign * TIE_MARGIN), inputs) for seed, sign in sides)
-    return Reference(inputs, tuple(own), exact, shifted)
+    return Reference(inputs, tuple(own), exact, dtypes, shifted)
+
+
+def _floating_dtypes(program: Program) -> frozenset[torch.dtype]:
+    values = [node.meta.get("dtype") for node in program.graph.nodes]
+    found = [*(entry.dtype for entry in program.inputs), *program.output_dtypes, *values]
+    return frozenset(dtype for dtype in found if isinstance(dtype, torch.dtype) and dtype.is_floating_point)
 
 
 def _is_discrete(value: Any) -> bool:
@@ -116,7 +128,7 @@ def verify_capture(references: Sequence[Reference]) -> None:
             if not isinstance(own, Tensor) or not own.is_floating_point():
                 continue
             error = relative_error(exact, own)
-            if not error <= CAPTURE_TOLERANCES.get(own.dtype, 0.0):
+            if not error <= reference.tolerance(CAPTURE_TOLERANCES):
                 shapes = [list(value.shape) for value in reference.inputs]
                 raise UnsupportedModelError(
                     f"output {position} of the model differs by {error:.1e} from what torch.export captured, for "
@@ -273,10 +285,10 @@ def _file_errors(
     for (position, name), result in zip(wanted, results, strict=True):
         own, exact = reference.own[position], reference.exact[position]
         others = [exact, *(other[position] for other in reference.shifted)]
-        error = _output_error(own, result, others)
-        tolerance = TOLERANCES.get(own.dtype, 0.0)
+        error = _output_error(own, result, others) if own.dtype == result.dtype else float("inf")
+        tolerance = 0.0
         if own.is_floating_point():
-            tolerance = max(tolerance, NOISE_FACTOR * relative_error(exact, own))
+            tolerance = max(reference.tolerance(TOLERANCES), NOISE_FACTOR * relative_error(exact, own))
         found.append((name, error, tolerance))
     return found
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -103,3 +104,33 @@ def test_inputs_keep_their_own_dtypes(other: torch.dtype, tmp_path: Path) -> Non
     compiled.save(tmp_path / "small.onnx")
     taken = [value.type.tensor_type.elem_type for value in onnx.load(tmp_path / "small.onnx").graph.input]
     assert taken == [onnx.helper.np_dtype_to_tensor_dtype(value.numpy().dtype) for value in example]
+
+
+class Cast(nn.Module):
+    """A linear layer whose result is cast."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer, self.dtype = nn.Linear(4, 3), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).to(self.dtype)
+
+
+@pytest.mark.parametrize(
+    ("computed", "given"),
+    [
+        (torch.float32, torch.float64),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.float32),
+    ],
+)
+def test_outputs_keep_their_dtype(computed: torch.dtype, given: torch.dtype, tmp_path: Path) -> None:
+    model, example = Cast(given).to(computed), torch.randn(2, 4).to(computed)
+    compiled = sbp_compile.compile(model, example)
+    compiled.save(tmp_path / "small.onnx")
+    assert compiled.module(example).dtype == given
+    session = onnxruntime.InferenceSession(tmp_path / "small.onnx")
+    result = session.run(None, {"x": example.numpy()})[0]
+    assert torch.from_numpy(result).dtype == given

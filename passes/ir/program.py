@@ -111,6 +111,8 @@ class Program:
     dtypes: Mapping[str, torch.dtype]
     inputs: tuple[Input, ...]
     analysis: Analysis | None = field(default=None)
+    output_dtypes: tuple[torch.dtype | None, ...] = ()
+    """What the original gives for each flat output: its dtype, None for what is no tensor; empty if not known."""
 
     def replace(self, **changes: Any) -> Program:
         """A Program with some fields changed; the analysis is dropped unless it is given."""

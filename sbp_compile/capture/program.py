@@ -58,9 +58,10 @@ def program_from_export(exported: ExportedProgram) -> Program:
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
             args, kwargs = _widened_literals(args), _widened_literals(kwargs)
             env[node] = _call(graph, node, args, kwargs)
-    graph.create_node("output", "output", (tuple(_results(exported, env)),), {}, name="output")
+    results = tuple(_results(exported, env))
+    graph.create_node("output", "output", (results,), {}, name="output")
     _refuse_broken_values(graph, constants, parameters=set(exported.graph_signature.parameters))
-    return Program(graph, constants, dtypes, tuple(inputs))
+    return Program(graph, constants, dtypes, tuple(inputs), output_dtypes=_output_dtypes(exported))
 
 
 def _decomposed(exported: ExportedProgram) -> ExportedProgram:
@@ -173,6 +174,12 @@ def _results(exported: ExportedProgram, env: dict[fx.Node, Any]) -> list[Any]:
             )
         results.append(env[value] if isinstance(value, fx.Node) else value)
     return results
+
+
+def _output_dtypes(exported: ExportedProgram) -> tuple[torch.dtype | None, ...]:
+    output = next(iter(reversed(exported.graph.nodes)))
+    values = [value.meta.get("val") if isinstance(value, fx.Node) else None for value in output.args[0]]
+    return tuple(value.dtype if isinstance(value, Tensor) else None for value in values)
 
 
 def _tensor_of(exported: ExportedProgram, spec: Any) -> Tensor:

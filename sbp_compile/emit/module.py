@@ -147,13 +147,23 @@ def _emission_graph(program: Program, names: dict[str, str], dtype: torch.dtype)
                 env[node] = _follow_anchor(graph, node, args, kwargs, attribute(ANCHOR))
             else:
                 env[node] = graph.create_node("call_function", node.target, args, kwargs, name=node.name)
-    graph.create_node("output", "output", (_emitted_outputs(program, graph, env),), {}, name="output")
+    graph.create_node("output", "output", (_emitted_outputs(program, graph, env, dtype),), {}, name="output")
     return graph, ANCHOR in shared
 
 
-def _emitted_outputs(program: Program, graph: fx.Graph, env: dict[fx.Node, Any]) -> tuple[Any, ...]:
-    """Return the outputs in the new graph; a constant leaves as a copy, which the caller may write into."""
+def _emitted_outputs(
+    program: Program, graph: fx.Graph, env: dict[fx.Node, Any], dtype: torch.dtype
+) -> tuple[Any, ...]:
+    """Return the outputs in the new graph, in the dtypes of the original's.
+
+    A constant leaves as a copy, which the caller may write into.
+    """
     results = list(fx.node.map_arg(program.outputs, env.__getitem__))
+    for position, wanted in enumerate(program.output_dtypes):
+        if wanted is not None and wanted.is_floating_point and wanted != dtype:
+            results[position] = graph.create_node(
+                "call_function", aten._to_copy.default, (results[position],), {"dtype": wanted}
+            )
     for position, value in enumerate(results):
         if isinstance(value, fx.Node) and value.op == "get_attr":
             results[position] = graph.create_node("call_function", aten.clone.default, (value,), {})

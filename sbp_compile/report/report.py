@@ -16,7 +16,7 @@ from passes.ir.cost import Cost, count, macs_by_node
 from passes.ir.pipeline import Note, Step
 from passes.ir.program import Program
 from passes.rules import OPAQUE, rule_for
-from passes.rules.contraction import CONVOLUTIONS, LINEAR
+from passes.rules.layer import CONVOLUTIONS, LINEAR
 from sbp_compile.verify import Verification
 
 
