@@ -28,7 +28,7 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 fuzz: $(READY)
-	$(BIN)/python tools/fuzz.py --graphs $(FUZZ_GRAPHS) --seed $(FUZZ_SEED)
+	$(BIN)/python tools/fuzz.py --graphs $(FUZZ_GRAPHS) --seed $(FUZZ_SEED) --onnx-every 20
 
 # onnxruntime and onnxruntime-gpu hold the same files: the second replaces the first.
 cuda:

@@ -210,7 +210,8 @@ def compile_exported(
     if verify:
         with _timed(times, "verification"):
             devices = [tensor.device for tensor in examples]
-            references = _references(own or exported.module(), call, original, feeds, devices)
+            references, skipped = _references(own or exported.module(), call, original, feeds, devices)
+            notes = (*notes, *skipped)
             verify_capture(references)
             error = verify_float64(original, small, references)
             proof = Verification(error, sum(_batch(entry.inputs) for entry in references))
@@ -251,12 +252,12 @@ def _references(
     original: Program,
     given: Sequence[tuple[Tensor, ...]],
     devices: Sequence[torch.device],
-) -> tuple[Reference, ...]:
-    """Return the original's outputs on the given inputs, and on random ones that it accepts.
+) -> tuple[tuple[Reference, ...], tuple[Note, ...]]:
+    """Return the original's outputs on the given inputs and on random ones, and a note for each that it refuses.
 
     The original runs where the examples were, the rest of the proof on the CPU.
     """
-    found = []
+    found, notes = [], []
     for number, feed in enumerate((*given, *random_inputs(original, given[0]))):
         args, kwargs = call.nest_arguments(
             value.to(device) for value, device in zip(feed, devices, strict=True)
@@ -265,14 +266,17 @@ def _references(
             with torch.no_grad(), quiet_export():
                 results = call.flat_results(own(*args, **kwargs))
         except Exception as error:  # whatever the operators of the user's model raise
-            if number >= len(given):
-                continue
             shapes = [list(tensor.shape) for tensor in feed]
+            if number >= len(given):
+                notes.append(
+                    Note("verification", f"the original fails on inputs of shapes {shapes}: left out")
+                )
+                continue
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(f"the original fails on inputs of shapes {shapes}: {reason[0]}") from error
         own_results = [value.cpu() if isinstance(value, Tensor) else value for value in results]
         found.append(make_reference(original, feed, own_results))
-    return tuple(found)
+    return tuple(found), tuple(notes)
 
 
 def _batch(inputs: Sequence[Tensor]) -> int:

@@ -134,3 +134,22 @@ def test_outputs_keep_their_dtype(computed: torch.dtype, given: torch.dtype, tmp
     session = onnxruntime.InferenceSession(tmp_path / "small.onnx")
     result = session.run(None, {"x": example.numpy()})[0]
     assert torch.from_numpy(result).dtype == given
+
+
+class OnlyEven(nn.Module):
+    """Pairs the examples of a batch; fails on an odd number of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] % 2:
+            raise ValueError("odd")
+        return x * 2.0
+
+
+def test_a_batch_that_the_model_refuses_is_named_in_the_report() -> None:
+    compiled = sbp_compile.compile(OnlyEven(), torch.randn(2, 4), dynamic_batch=False)
+    assert not [note for note in compiled.report.notes if note.where == "verification"]
+    shapes = ({0: torch.export.Dim.AUTO},)
+    compiled = sbp_compile.compile(OnlyEven(), torch.randn(4, 4), dynamic_shapes=shapes)
+    texts = [note.text for note in compiled.report.notes if note.where == "verification"]
+    assert texts
+    assert all("left out" in text for text in texts)
