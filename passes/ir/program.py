@@ -24,8 +24,24 @@ if TYPE_CHECKING:
     from passes.ir.analysis import Analysis
 
 
+class Sized:
+    """Something with three example shapes; see Input for what they are."""
+
+    sizes: tuple[int, ...]
+    other_sizes: tuple[int, ...]
+    far_sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.far_sizes:
+            object.__setattr__(self, "far_sizes", self.other_sizes)
+
+    def key(self, axis: int) -> tuple[int, ...]:
+        """An axis' size under each example shape: equal keys, equal sizes."""
+        return self.sizes[axis], self.other_sizes[axis], self.far_sizes[axis]
+
+
 @dataclass(frozen=True)
-class Input:
+class Input(Sized):
     """One tensor input of the network.
 
     `sizes`, `other_sizes` and `far_sizes` are three admissible shapes that agree along exactly the static axes. The
@@ -39,14 +55,6 @@ class Input:
     other_sizes: tuple[int, ...]
     far_sizes: tuple[int, ...] = ()
 
-    def __post_init__(self) -> None:
-        if not self.far_sizes:
-            object.__setattr__(self, "far_sizes", self.other_sizes)
-
-    def key(self, axis: int) -> tuple[int, ...]:
-        """An axis' size under each example shape: equal keys, equal sizes."""
-        return self.sizes[axis], self.other_sizes[axis], self.far_sizes[axis]
-
     @property
     def working_dtype(self) -> torch.dtype:
         """The dtype the passes compute in: float64 for every floating-point input."""
@@ -54,21 +62,13 @@ class Input:
 
 
 @dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(Sized):
     """Sizes of a value under the inputs' example shapes (see Input), and its dtype."""
 
     sizes: tuple[int, ...]
     other_sizes: tuple[int, ...]
     dtype: torch.dtype
     far_sizes: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.far_sizes:
-            object.__setattr__(self, "far_sizes", self.other_sizes)
-
-    def key(self, axis: int) -> tuple[int, ...]:
-        """An axis' size under each example shape: equal keys, equal sizes."""
-        return self.sizes[axis], self.other_sizes[axis], self.far_sizes[axis]
 
     @property
     def rank(self) -> int:
