@@ -84,7 +84,7 @@ def network(inputs: int, needed: int, outputs: int, gather: bool) -> bytes:
     graph = helper.make_graph(nodes, "layer", values[:1], values[1:], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.checker.check_model(model)
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ class Plain(nn.Module):
         channels, size, _ = image
         self.shape = tuple(image)
         self.input = places.noise("on input", channels)
-        units = []
+        units: list[nn.Module] = []
         for position, width in enumerate(widths):
             units.append(Unit(places, channels, width, kernel))
             channels = width
