@@ -35,7 +35,6 @@ LAYERS = (
     "sbp_compile.verify_inputs",
     "sbp_compile.baseline",
     "sbp_compile.report",
-    "sbp_compile.targets",
     "sbp_compile.compiler",
     "sbp_compile.cli",
     "sbp_compile.__main__",
@@ -124,5 +123,5 @@ def test_no_imports_go_round_in_a_circle() -> None:
 
 def test_the_compiler_needs_no_training_and_no_timing() -> None:
     for module in MODULES:
-        if layer_of(module) not in {*APART, "sbp_compile.cli", "sbp_compile.targets"}:
+        if layer_of(module) not in {*APART, "sbp_compile.cli"}:
             assert not {layer_of(name) for name in own(imports_of(module))} & set(APART), module
