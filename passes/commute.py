@@ -39,6 +39,7 @@ RENUMBERINGS = frozenset(
     }
 )  # fmt: skip
 
+SUMS = frozenset({aten.mean.dim, aten.sum.dim_IntList})
 LARGEST_RENUMBERING = 1 << 22
 
 
@@ -55,6 +56,8 @@ def through(op: Op, joint: Affine, *, backward: bool) -> tuple[fx.Node | None, A
     if op.target in AVERAGES or op.target in RESAMPLINGS:
         same = joint.axis in (None, _pool_axis(op))
         return operand, joint if same and not joint.has_shift else None
+    if op.target in SUMS:
+        return operand, _beside_reduced(op, joint, backward)
     if op.target in RENUMBERINGS and len(op.operands) == 1:
         return operand, _renumber(op, joint, backward)
     return operand, None
@@ -64,6 +67,21 @@ def _pool_axis(op: Op) -> int:
     """The channel axis of a pooling call: the one before the pooled axes."""
     rank = {"1d": 1, "2d": 2, "3d": 3}[str(op.target).split(".")[1][-2:]]
     return op.out.rank - rank - 1
+
+
+def _beside_reduced(op: Op, joint: Affine, backward: bool) -> Affine | None:
+    """A scale along an axis that is not reduced, in the numbering of the reduction's other side."""
+    rank, axes = op.info_of(op.operands[0]).rank, op.args["dim"]
+    if joint.has_shift or not axes:
+        return None
+    reduced = {axis % rank for axis in axes}
+    kept = list(range(rank)) if op.args["keepdim"] else [axis for axis in range(rank) if axis not in reduced]
+    if joint.axis is None:
+        return joint
+    axis = kept[joint.axis] if backward else joint.axis
+    if axis in reduced:
+        return None
+    return Affine(axis if backward else kept.index(axis), joint.scale, joint.shift)
 
 
 def _renumber(op: Op, joint: Affine, backward: bool) -> Affine | None:

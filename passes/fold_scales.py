@@ -4,8 +4,8 @@ A chain of multiplications, additions and the like by per-channel constants is o
 
 - backward, into the producer x = W u + b read by nobody else:  W' = s W,  b' = s b + t;
 - forward, into all consumers W y + b:  W' = W s,  b' = b + W t (the shift only where no zero padding meets it);
-- either way through what commutes with it: relu-like ops and max pooling for s >= 0, averages and resampling for any s,
-  views and permutations with the channels renumbered;
+- either way through what commutes with it: relu-like ops and max pooling for s >= 0, averages, sums over positions
+  and resampling for any s, views and permutations with the channels renumbered;
 - otherwise the chain is left as one multiplication and one addition.
 
 Not covered: scales that vary along more than one axis, and splitting a scale over the operands of an add.

@@ -350,3 +350,22 @@ def test_a_scale_folds_through_resampling():
         nn.Conv2d(3, 8, 1), nn.Upsample(scale_factor=2, mode="bilinear"), Mask(8, 8), nn.Tanh()
     )
     assert aten.mul.Tensor not in targets_of(check(network, IMAGE))
+
+
+@pytest.mark.parametrize("keepdim", [True, False])
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_scale_folds_through_a_mean_over_positions(keepdim, place):
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+            self.before, self.after = Mask(8, 8), Mask(8, 8, rank=4 if keepdim else 2)
+
+        def forward(self, x):
+            x = torch.tanh(self.conv(x)) if place == "before" else self.conv(x)
+            x = self.before(x) if place == "before" else x
+            x = x.mean((2, 3), keepdim=keepdim)
+            x = torch.tanh(self.after(x)) if place == "after" else x
+            return self.linear(x.flatten(1))
+
+    assert aten.mul.Tensor not in targets_of(check(Mean(), IMAGE))
