@@ -118,7 +118,7 @@ def _broadcast(mask: Tensor, weight: Tensor) -> Tensor:
 def _maps(this: Contraction, facts: Facts) -> Tensor:
     """The known map of each channel of x, flattened; (in, positions)."""
     value = facts.known_value
-    value = value.expand([*value.shape[: this.axis], this.in_channels, *value.shape[this.axis + 1 :]])
+    value = this.at_full_width(value)
     return _by_channel(value, this.axis)
 
 
@@ -161,7 +161,7 @@ def known_rows(this: Contraction, facts: Facts, rows: Tensor) -> Tensor | None:
 def _grouped_rows(this: Contraction, value: Tensor, rows: Tensor) -> Tensor | None:
     """Rows of a grouped convolution, computed for all rows of the groups that hold them."""
     per_group = this.out_channels // this.groups
-    value = value.expand([*value.shape[: this.axis], this.in_channels, *value.shape[this.axis + 1 :]])
+    value = this.at_full_width(value)
     groups = torch.unique(rows // per_group)
     inputs = (groups[:, None] * this.in_per_group + torch.arange(this.in_per_group)).flatten()
     outputs = (groups[:, None] * per_group + torch.arange(per_group)).flatten()

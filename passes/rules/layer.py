@@ -82,6 +82,10 @@ class Contraction:
         result: Tensor = self.op.target(x, weight, None, stride, padding, dilation, groups)
         return result
 
+    def at_full_width(self, stored: Tensor) -> Tensor:
+        """Stored values of x with every channel laid out."""
+        return stored.expand([*stored.shape[: self.axis], self.in_channels, *stored.shape[self.axis + 1 :]])
+
     def has_dynamic_border(self) -> bool:
         """Whether some dynamic axis is padded, so that border effects cannot be laid out."""
         if not self.spatial_rank:
@@ -115,7 +119,7 @@ class Contraction:
         Shape: stored form of y restricted to `rows` along the channel axis; without `every_position` with fewer
         positions, among them the first and one of each kind. Groups must be 1.
         """
-        values = values.expand([*values.shape[: self.axis], self.in_channels, *values.shape[self.axis + 1 :]])
+        values = self.at_full_width(values)
         part = values.index_select(self.axis, channels)
         weight = self.weight[rows][:, channels]
         if not self.spatial_rank or part.numel() == 0:
