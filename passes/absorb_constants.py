@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from passes.ir.analysis import Analysis, is_constant
-from passes.ir.errors import PassError
 from passes.ir.pipeline import Result
 from passes.ir.program import Op, Program
 from passes.ir.rewriter import Rewriter
@@ -24,9 +23,7 @@ class AbsorbConstants:
     name: str = "absorb_constants"
 
     def __call__(self, program: Program) -> Result:
-        analysis = program.analysis
-        if analysis is None:
-            raise PassError("the program carries no analysis; run analyze_channels first")
+        analysis = program.analysed()
         rewriter = Rewriter(program)
         changed = False
         for node in program.graph.nodes:

@@ -16,7 +16,6 @@ from torch import Tensor, fx
 
 from passes.ir.analysis import Analysis
 from passes.ir.cost import CostModel, CountingModel
-from passes.ir.errors import PassError
 from passes.ir.lattice import all_over_others
 from passes.ir.pipeline import Note, Result
 from passes.ir.program import Program
@@ -36,9 +35,7 @@ class SelectInputs:
     name: str = "select_inputs"
 
     def __call__(self, program: Program) -> Result:
-        analysis = program.analysis
-        if analysis is None:
-            raise PassError("the program carries no analysis; run analyze_channels first")
+        analysis = program.analysed()
         rewriter = Rewriter(program)
         notes = []
         for node in program.graph.nodes:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from torch import fx
 
 from passes.ir.analysis import Analysis, is_constant
-from passes.ir.errors import PassError
 from passes.ir.pipeline import Result
 from passes.ir.program import Program
 from passes.ir.rewriter import Rewriter
@@ -25,16 +24,15 @@ class ShrinkChannels:
     name: str = "shrink_channels"
 
     def __call__(self, program: Program) -> Result:
-        if program.analysis is None:
-            raise PassError("the program carries no analysis; run analyze_channels first")
-        if not removes_anything(program, program.analysis):
+        analysis = program.analysed()
+        if not removes_anything(program, analysis):
             return Result(program, False)
-        rewriter = Rewriter(program, program.analysis)
+        rewriter = Rewriter(program, analysis)
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 rewriter.placeholder(node)
             elif node.op == "call_function":
-                _emit(program, program.analysis, rewriter, node)
+                _emit(program, analysis, rewriter, node)
         rewriter.output()
         return Result(rewriter.finish(), True)
 

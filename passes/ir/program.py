@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.ir import schema
-from passes.ir.errors import LintError
+from passes.ir.errors import LintError, PassError
 
 if TYPE_CHECKING:
     from passes.ir.analysis import Analysis
@@ -117,6 +117,12 @@ class Program:
     def replace(self, **changes: Any) -> Program:
         """A Program with some fields changed; the analysis is dropped unless it is given."""
         return dataclasses.replace(self, **({"analysis": None} | changes))
+
+    def analysed(self) -> Analysis:
+        """The attached analysis. Raises PassError where there is none."""
+        if self.analysis is None:
+            raise PassError("the program carries no analysis; run analyze_channels first")
+        return self.analysis
 
     @property
     def nodes(self) -> list[fx.Node]:
