@@ -4,17 +4,21 @@ from passes.absorb_constants import AbsorbConstants
 from passes.analyze_channels import AnalyzeChannels
 from passes.canonicalize import Canonicalize
 from passes.fold_scales import FoldScales
+from passes.ir.cost import CostModel, CountingModel
 from passes.ir.errors import LintError, PassError, UnsupportedError
 from passes.ir.pipeline import Note, Pipeline, Result, Step
 from passes.ir.program import Input, Program, TensorInfo
 from passes.remove_dead import RemoveDead
 from passes.rules import Rule, registered_rules, rule
-from passes.select_inputs import SelectInputs
+from passes.separate_edges import SeparateEdges
 from passes.shrink_channels import ShrinkChannels
 
 
-def default_pipeline() -> Pipeline:
-    """The passes in the order that the compiler runs them, until nothing changes."""
+def default_pipeline(cost: CostModel | None = None) -> Pipeline:
+    """The passes in the order that the compiler runs them, until nothing changes.
+
+    `cost` decides what is cheaper where there is a choice (default: `CountingModel`).
+    """
     rounds = Pipeline(
         (
             FoldScales(),  # first: a scale of zero becomes a zero row or column, which the sweeps see
@@ -31,7 +35,10 @@ def default_pipeline() -> Pipeline:
             Canonicalize(),  # one dialect for everything after it
             rounds,
             AnalyzeChannels(),
-            SelectInputs(),  # last: what no coupling could remove is worth a gather only now
+            SeparateEdges(
+                cost or CountingModel()
+            ),  # last: what no coupling could remove is worth a gather only now
+            rounds,  # cuts what the gathers set free
             RemoveDead(),
         ),
         name="default",
@@ -42,6 +49,8 @@ __all__ = [
     "AbsorbConstants",
     "AnalyzeChannels",
     "Canonicalize",
+    "CostModel",
+    "CountingModel",
     "FoldScales",
     "Input",
     "LintError",
@@ -52,7 +61,7 @@ __all__ = [
     "RemoveDead",
     "Result",
     "Rule",
-    "SelectInputs",
+    "SeparateEdges",
     "ShrinkChannels",
     "Step",
     "TensorInfo",

@@ -5,7 +5,7 @@ A chain of multiplications, additions and the like by per-channel constants is o
 - backward, into the producer x = W u + b read by nobody else:  W' = s W,  b' = s b + t;
 - forward, into all consumers W y + b:  W' = W s,  b' = b + W t (the shift only where no zero padding meets it);
 - either way through what commutes with it: relu-like ops and max pooling for s >= 0, averages, sums over positions
-  and resampling for any s, views and permutations with the channels renumbered;
+  and resampling for any s, views and permutations with the channels renumbered, a shift alone into one addend;
 - otherwise the chain is left as one multiplication and one addition.
 
 Not covered: scales that vary along more than one axis, and splitting a scale over the operands of an add.
@@ -22,7 +22,7 @@ from passes.affine import Affine, affine_chain
 from passes.commute import through
 from passes.ir.lattice import along
 from passes.ir.pipeline import Result
-from passes.ir.program import Program
+from passes.ir.program import Op, Program
 from passes.ir.rewriter import Rewriter
 from passes.rules.layer import CONVOLUTIONS, LINEAR, Contraction, describe, emit, is_contraction
 
@@ -69,6 +69,13 @@ def _decide(program: Program, base: fx.Node, chain: list[fx.Node], joint: Affine
         edits.carries.update({node: None for node, _ in path[1:]})
         edits.carries[base] = tail
         edits.locked |= {node for node, _ in path}
+    elif (path := _pull_beside(program, tail, joint)) is not None and not edits.locked & {
+        node for node, _ in path
+    }:
+        producer, folded = path[-1]
+        edits.produce[producer] = folded
+        edits.carries.update({node: None for node, _ in path})
+        edits.locked |= {node for node, _ in path} | {base}
     else:
         found = _push(program, tail, joint)
         if not found or edits.locked & (set(found[0]) | found[1]):
@@ -104,12 +111,36 @@ def _pull(program: Program, node: fx.Node, joint: Affine) -> list[tuple[fx.Node,
             return path if joint.axis in (None, found.axis) else None
         if node.op != "call_function" or program.infos.get(node) is None:
             return None
+        if node.target is aten.add.Tensor and not joint.has_scale:
+            rest = _pull_into_addend(program, program.op(node), joint)
+            return None if rest is None else path + rest
         operand, before = through(program.op(node), joint, backward=True)
         if before is None or operand is None:
             return None
         node, joint = operand, before
         path.append((node, joint))
     return None
+
+
+def _pull_into_addend(program: Program, add: Op, shift: Affine) -> list[tuple[fx.Node, Affine]] | None:
+    """The path of a shift into one addend, the first that has a producer for it."""
+    if add.args["alpha"] != 1:
+        return None
+    for addend in add.operands:
+        if add.info_of(addend) == add.out:
+            path = _pull(program, addend, shift)
+            if path is not None:
+                return path
+    return None
+
+
+def _pull_beside(program: Program, tail: fx.Node, joint: Affine) -> list[tuple[fx.Node, Affine]] | None:
+    """The path of a shift into what its value is added to."""
+    user = next(iter(tail.users)) if len(tail.users) == 1 else None
+    if user is None or user.target is not aten.add.Tensor or joint.has_scale:
+        return None
+    add = program.op(user)
+    return _pull_into_addend(program, add, joint) if add.operands.count(tail) == 1 else None
 
 
 def _push(
@@ -121,8 +152,7 @@ def _push(
     for user in node.users:
         found = _contraction(program, user)
         if found is not None and found.x is node:
-            padded = bool(found.spatial_rank) and any(found.per_spatial("padding"))
-            if joint.axis not in (None, found.axis) or (joint.has_shift and padded):
+            if joint.axis not in (None, found.axis) or (joint.has_shift and found.has_padding()):
                 return None
             takers[user] = joint
             continue

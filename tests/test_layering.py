@@ -21,7 +21,7 @@ LAYERS = (
     "passes.analyze_channels",
     "passes.absorb_constants",
     "passes.shrink_channels",
-    "passes.select_inputs",
+    "passes.separate_edges",
     "passes.remove_dead",
     "passes",
     "sbp_compile.errors",

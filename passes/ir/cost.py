@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,8 +18,11 @@ CONTRACTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.
 class CostModel(Protocol):
     """Decides what is cheaper; the default counts, others measure."""
 
-    def gather_pays(self, kept: int, saved_macs: int) -> bool:
-        """Whether gathering `kept` entries of one example is cheaper than `saved_macs` multiply-adds."""
+    def gathers_pay(self, copies: Sequence[tuple[int, int]], saved_macs: int) -> bool:
+        """Whether gathers are cheaper than `saved_macs` multiply-adds.
+
+        `copies`: for each gather, the runs of entries that it copies for one example, and the entries in them all.
+        """
 
 
 @dataclass(frozen=True)
@@ -32,16 +36,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class CountingModel:
-    """The default: a gathered entry counts like 200 multiply-adds and the gather itself like 12,000.
+    """The default: what a gather costs, in multiply-adds: each call, each run of entries copied, each entry.
 
-    Fitted to docs/results/gather.md, where the gather has to pay at batch 1 and at batch 64.
+    Fitted to docs/results/adapters.md, where a gather has to pay at batch 1 and must not cost at batch 64.
     """
 
-    macs_per_gathered: int = 200
     macs_per_gather: int = 12_000
+    macs_per_run: int = 180
+    macs_per_entry: int = 60
 
-    def gather_pays(self, kept: int, saved_macs: int) -> bool:
-        return saved_macs > self.macs_per_gather + self.macs_per_gathered * kept
+    def gathers_pay(self, copies: Sequence[tuple[int, int]], saved_macs: int) -> bool:
+        cost = sum(
+            self.macs_per_gather + self.macs_per_run * runs + self.macs_per_entry * entries
+            for runs, entries in copies
+        )
+        return saved_macs > cost
 
 
 def macs_by_node(program: Program) -> dict[str, int]:

@@ -86,6 +86,10 @@ class Contraction:
         """Stored values of x with every channel laid out."""
         return stored.expand([*stored.shape[: self.axis], self.in_channels, *stored.shape[self.axis + 1 :]])
 
+    def has_padding(self) -> bool:
+        """Whether zeros are added at some border."""
+        return bool(self.spatial_rank) and any(self.per_spatial("padding"))
+
     def has_dynamic_border(self) -> bool:
         """Whether some dynamic axis is padded, so that border effects cannot be laid out."""
         if not self.spatial_rank:

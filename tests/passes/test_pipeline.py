@@ -6,7 +6,7 @@ from torch import nn
 
 from passes import AnalyzeChannels, LintError, PassError, Pipeline, Result, ShrinkChannels, default_pipeline
 from passes.absorb_constants import AbsorbConstants
-from passes.select_inputs import SelectInputs
+from passes.separate_edges import SeparateEdges
 from tests.passes.support import capture
 
 
@@ -44,7 +44,7 @@ def test_a_program_that_breaks_an_invariant_does_not_leave_the_pass(program):
         Pipeline((Breaking(),))(program)
 
 
-@pytest.mark.parametrize("entry", [ShrinkChannels(), AbsorbConstants(), SelectInputs()])
+@pytest.mark.parametrize("entry", [ShrinkChannels(), AbsorbConstants(), SeparateEdges()])
 def test_passes_that_need_an_analysis_say_so(program, entry):
     with pytest.raises(PassError, match="run analyze_channels first"):
         entry(program)

@@ -1,0 +1,197 @@
+"""A coupling keeps the union of what its members need; where a gather is cheaper, each edge keeps its own channels."""
+
+import pytest
+import torch
+from torch import nn
+
+from passes import CountingModel, default_pipeline
+from tests.passes.support import assert_same, capture, targets_of
+from tests.passes.test_shrinking import Mask, norm, widths
+
+aten = torch.ops.aten
+GATHERS = {aten.index_select.default, aten.slice.Tensor}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+class Free(CountingModel):
+    """A cost model to which gathers cost nothing."""
+
+    def gathers_pay(self, copies, saved_macs):
+        return saved_macs > 0
+
+
+class Dear(CountingModel):
+    """A cost model to which no gather pays."""
+
+    def gathers_pay(self, copies, saved_macs):
+        return False
+
+
+def check(module, *inputs, cost=None, dynamic=True):
+    """Compile with a cost model, compare with the original and return the small Program."""
+    original = capture(module, *inputs, dynamic=dynamic)
+    small = default_pipeline(cost or Free())(original).program
+    small.lint()
+    assert_same(original, small)
+    again = default_pipeline(cost or Free())(small).program
+    assert widths(again) == widths(small)
+    assert targets_of(again) == targets_of(small)
+    return small
+
+
+class Residual(nn.Module):
+    """relu(x + mask(conv(relu(conv(mask(x))))))."""
+
+    def __init__(self, channels, reads=None, adds=None, bias=False):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.reads = nn.Identity() if reads is None else Mask(channels, reads)
+        self.adds = nn.Identity() if adds is None else Mask(channels, adds)
+        self.norm = norm(channels) if bias else nn.Identity()
+
+    def forward(self, x):
+        y = self.second(torch.relu(self.first(self.reads(x))))
+        return torch.relu(x + self.norm(self.adds(y)))
+
+
+IMAGE = torch.randn(2, 3, 8, 8)
+
+
+def stream(*blocks):
+    return nn.Sequential(nn.Conv2d(3, 8, 1), *blocks, nn.Conv2d(8, 2, 1))
+
+
+def test_a_branch_brings_only_its_own_channels_to_a_sum():
+    assert widths(check(stream(Residual(8, adds=3)), IMAGE)) == [(8, 3), (8, 8), (3, 8), (2, 8)]
+
+
+def test_a_layer_reads_only_the_channels_it_needs_of_a_stream():
+    assert widths(check(stream(Residual(8, reads=3)), IMAGE)) == [(8, 3), (8, 3), (8, 8), (2, 8)]
+
+
+def test_the_constants_of_masked_channels_reach_the_sum():
+    small = check(stream(Residual(8, adds=3, bias=True)), IMAGE)
+    assert widths(small) == [(8, 3), (8, 8), (3, 8), (2, 8)]
+    assert any("constants" in name for name in small.constants)
+
+
+class Shortcut(nn.Module):
+    """conv(x) + norm(mask(conv(x))): nothing else reads the first addend."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 3, padding=1)
+        self.mask, self.norm, self.last = Mask(8, 3), norm(8), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x) + self.norm(self.mask(self.second(x)))))
+
+
+def test_constants_go_into_the_other_addend_where_a_layer_makes_it():
+    small = check(Shortcut(), IMAGE)
+    assert widths(small) == [(8, 3), (3, 3), (2, 8)]
+    assert targets_of(small).count(aten.add.Tensor) == 1
+
+
+class Dense(nn.Module):
+    """Each layer reads what all layers before it made, masked."""
+
+    def __init__(self, kept):
+        super().__init__()
+        sizes = [3, 7, 11]
+        self.masks = nn.ModuleList(Mask(size, live) for size, live in zip(sizes, kept, strict=True))
+        self.layers = nn.ModuleList(nn.Conv2d(size, 4, 3, padding=1) for size in sizes)
+
+    def forward(self, x):
+        for mask, layer in zip(self.masks, self.layers, strict=True):
+            x = torch.cat((x, torch.relu(layer(mask(x)))), 1)
+        return x
+
+
+def test_each_layer_of_a_dense_block_reads_its_own_channels():
+    assert widths(check(Dense([3, 4, 5]), IMAGE)) == [(4, 3), (4, 4), (4, 5)]
+
+
+def test_an_input_of_the_network_is_read_in_part():
+    assert widths(check(nn.Sequential(Mask(3, 1), nn.Conv2d(3, 4, 3, padding=1)), IMAGE)) == [(4, 1)]
+
+
+class Preactivated(nn.Module):
+    """x + conv(mask(relu(norm(x)))): the reader's own operators lie between the stream and the layer."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.stem, self.conv, self.last = (
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Conv2d(8, 2, 1),
+        )
+        self.norm, self.mask, self.act = norm(8), Mask(8, 3), act
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.last(x + self.conv(self.mask(self.act(self.norm(x)))))
+
+
+def test_the_gather_stands_where_the_reader_begins():
+    small = check(Preactivated(nn.ReLU()), IMAGE)
+    assert widths(small) == [(8, 3), (8, 3), (2, 8)]
+    order = [node.target for node in small.calls() if node.target in {*GATHERS, aten.relu.default}]
+    assert order == [order[0], aten.relu.default]
+
+
+class Reciprocal(nn.Module):
+    def forward(self, x):
+        return 1.0 / (x * x + 1.0).log()
+
+
+def test_an_operator_that_zeros_would_upset_is_read_whole():
+    small = check(Preactivated(Reciprocal()), IMAGE)
+    assert widths(small) == [(8, 3), (8, 3), (2, 8)]
+    order = [node.target for node in small.calls() if node.target in {*GATHERS, aten.log.default}]
+    assert order == [aten.log.default, order[1]]
+
+
+def test_without_a_cheap_gather_the_coupling_keeps_the_union():
+    small = check(stream(Residual(8, reads=3, adds=3)), IMAGE, cost=Dear())
+    assert widths(small) == [(8, 3), (8, 8), (8, 8), (2, 8)]
+    assert aten.index_select.default not in targets_of(small)
+
+
+def test_small_feature_maps_are_not_worth_a_gather_by_default():
+    small = check(stream(Residual(8, adds=7)), IMAGE, cost=CountingModel())
+    assert aten.index_select.default not in targets_of(small)
+
+
+class Tokens(nn.Module):
+    """x + W2 relu(W1 mask(x)), along the last axis of a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.down = nn.Linear(3, 12), nn.Linear(12, 24), nn.Linear(24, 12)
+        self.reads, self.adds, self.head = Mask(12, 5, rank=2), Mask(12, 4, rank=2), nn.Linear(12, 2)
+
+    def forward(self, x):
+        x = torch.tanh(self.embed(x))
+        return self.head(x + self.adds(self.down(torch.relu(self.up(self.reads(x))))))
+
+
+def test_the_features_of_tokens_are_cut_edge_by_edge():
+    dynamic = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
+    small = check(Tokens(), torch.randn(2, 6, 3), dynamic=dynamic)
+    assert widths(small) == [(12, 3), (24, 5), (4, 24), (2, 12)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_streams_stay_exact_with_every_gather(seed):
+    torch.manual_seed(seed)
+    kinds = torch.randint(0, 5, (4,)).tolist()
+    blocks = [
+        Residual(8, *((None, 1 + k)[torch.rand(()) < 0.7] for _ in range(2)), bias=k % 2 == 0) for k in kinds
+    ]
+    check(stream(*blocks), IMAGE)
