@@ -210,11 +210,41 @@ def run_on_meta(program: Program, sizes: Iterable[tuple[int, ...]]) -> dict[fx.N
 def _call_on_meta(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     if any(env[operand] is _FAILED for operand in node.all_input_nodes):
         return _FAILED
+    try:
+        key = node.target, _signature(node.args, env), _signature(node.kwargs, env)
+        if key not in _META_RESULTS:
+            if len(_META_RESULTS) >= LARGEST_MEMORY:
+                _META_RESULTS.clear()
+            _META_RESULTS[key] = _uncached_call_on_meta(node, env)
+    except TypeError:  # an argument that cannot be a key, such as a slice or a subgraph
+        return _uncached_call_on_meta(node, env)
+    return _META_RESULTS[key]
+
+
+def _uncached_call_on_meta(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     device = {} if node.kwargs.get("device") is None else {"device": torch.device("meta")}
     try:
         return schema.call(node, env.__getitem__, **device)
     except Exception:  # whatever the operators of the user's model raise without data
         return _FAILED
+
+
+LARGEST_MEMORY = 1 << 16
+# Sizes are derived anew for every Program, but most calls of a network were seen before, in it or in the one before it.
+_META_RESULTS: dict[Any, Any] = {}
+
+
+def _signature(value: Any, env: Mapping[fx.Node, Any]) -> Any:
+    """What a result on meta tensors depends on, as a key: layouts of tensors, and all else with its type."""
+    if isinstance(value, fx.Node):
+        return _signature(env[value], env)
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, Mapping):
+        return tuple((name, _signature(item, env)) for name, item in value.items())
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(_signature(item, env) for item in value)
+    return type(value), value
 
 
 class Op:

@@ -26,6 +26,7 @@ class Rewriter:
         self.analysis = analysis
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
+        self.inputs: dict[str, fx.Node] = {}
         self.constants: dict[str, Tensor] = {}
         self.dtypes: dict[str, torch.dtype] = {}
 
@@ -111,6 +112,7 @@ class Rewriter:
     def placeholder(self, node: fx.Node) -> None:
         self.env[node] = self.graph.create_node("placeholder", node.target, (), {}, name=node.name)
         self.env[node].meta = self._meta(node)
+        self.inputs[str(node.target)] = self.env[node]
 
     def output(self, results: Iterable[Any] | None = None) -> None:
         """Close the graph (with the old outputs by default)."""
@@ -128,10 +130,7 @@ class Rewriter:
 
     def size_node(self, source: tuple[str, int], like: fx.Node) -> fx.Node:
         """The run-time size of an input's axis."""
-        placeholder = next(
-            new for old, new in self.env.items() if old.op == "placeholder" and old.target == source[0]
-        )
-        return self.call(aten.sym_size.int, (placeholder, source[1]), like=like, step="size")
+        return self.call(aten.sym_size.int, (self.inputs[source[0]], source[1]), like=like, step="size")
 
     def context(self, node: fx.Node) -> str:
         """The lines of the old graph around a node, for error messages."""

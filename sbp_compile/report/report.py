@@ -10,6 +10,7 @@ from rich.box import SIMPLE
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
+from torch import fx
 
 from passes.ir.analysis import Analysis
 from passes.ir.cost import Cost, count, macs_by_node
@@ -134,7 +135,11 @@ def _weights(program: Program) -> dict[str, tuple[str, int, int]]:
     return found
 
 
-def _layers(dense: Program, small: Program, analyses: Sequence[Program]) -> list[Layer]:
+Analysed = tuple[Program, Mapping[str, fx.Node]]
+
+
+def _layers(dense: Program, small: Program, programs: Sequence[Program]) -> list[Layer]:
+    analyses = [(program, {node.name: node for node in program.calls()}) for program in programs]
     before, after = _weights(dense), _weights(small)
     macs, macs_after = macs_by_node(dense), macs_by_node(small)
     labels = {node.name: node.meta.get("module") or node.name for node in dense.calls()}
@@ -151,12 +156,12 @@ def _layers(dense: Program, small: Program, analyses: Sequence[Program]) -> list
     return rows
 
 
-def _explained(name: str, channels: int, kept: int, analyses: Sequence[Program]) -> tuple[int, str]:
+def _explained(name: str, channels: int, kept: int, analyses: Sequence[Analysed]) -> tuple[int, str]:
     """Return (how many output channels were not needed, why more than needed were kept)."""
     reasons: dict[str, int] = {}
     masked = 0
-    for program in analyses:
-        node = next((node for node in program.calls() if node.name == name), None)
+    for program, nodes in analyses:
+        node = nodes.get(name)
         assert isinstance(program.analysis, Analysis)
         if node is None or node not in program.infos:
             break
