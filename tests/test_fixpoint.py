@@ -33,7 +33,7 @@ def contents(program):
     """Operators and parameters, rounded as in the file; where a size is read first depends on the capture."""
     operators = Counter(str(node.target) for node in program.calls() if node.target is not SIZE)
     parameters = Counter(
-        (tuple(value.shape), value.to(program.dtypes[name]).numpy().tobytes())
+        (tuple(value.shape), (value.to(program.dtypes[name]) + 0).numpy().tobytes())  # + 0: no negative zeros
         for name, value in program.constants.items()
     )
     return operators, parameters
