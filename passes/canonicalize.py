@@ -2,7 +2,7 @@
 
 - constant subgraphs (deterministic, from constants alone) are evaluated once: a noise layer becomes one vector;
 - copies, no-op casts and assertions go; sizes are taken from the network's inputs;
-- addmm, mm and matmul with a constant become linear; every convolution becomes conv1d, conv2d or conv3d;
+- addmm, mm and matmul with a constant become linear; every convolution becomes conv1d, conv2d or conv3d (conv_transpose1d, 2d or 3d);
 - batch norm in eval mode becomes y = x * scale + shift with scale = gamma / sqrt(var + eps) and
   shift = beta - mean * scale;
 - pooling, extrema and padding have one spelling each (passes/spellings.py);
@@ -261,12 +261,21 @@ def _mm(op: Op, rewriter: Rewriter) -> fx.Node | None:
 
 
 CONVOLUTION_OF_RANK = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+TRANSPOSED_OF_RANK = {
+    1: aten.conv_transpose1d.default,
+    2: aten.conv_transpose2d.input,
+    3: aten.conv_transpose3d.input,
+}
 
 
 def _convolution(op: Op, rewriter: Rewriter) -> fx.Node | None:
     weight = op.constant("weight")
-    if weight is None or op.args["transposed"]:
+    if weight is None:
         return None
+    if op.args["transposed"]:
+        names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+        args = [rewriter.map(op.args[name]) for name in names]
+        return rewriter.call(TRANSPOSED_OF_RANK[weight.ndim - 2], args, like=op.node)
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     args = [rewriter.map(op.args[name]) for name in names]
     return rewriter.call(CONVOLUTION_OF_RANK[weight.ndim - 2], args, like=op.node)
