@@ -2,7 +2,8 @@
 
 - constant subgraphs (deterministic, from constants alone) are evaluated once: a noise layer becomes one vector;
 - copies, no-op casts and assertions go; sizes are taken from the network's inputs;
-- addmm, mm and matmul with a constant become linear; every convolution becomes conv1d, conv2d or conv3d (conv_transpose1d, 2d or 3d);
+- addmm, mm and matmul with a constant become linear; every convolution becomes conv1d, conv2d or
+  conv3d, or conv_transpose1d, 2d or 3d;
 - batch norm in eval mode becomes y = x * scale + shift with scale = gamma / sqrt(var + eps) and
   shift = beta - mean * scale;
 - pooling, extrema and padding have one spelling each (passes/spellings.py);

@@ -104,10 +104,7 @@ def _find_absorption(
     indices = reading.nonzero().flatten()
     total = this.contribution(facts.known_value, channels, indices, every_position=False)
     groups = indices // this.out_per_group
-    if total is None:
-        uneven = torch.unique(groups)
-    else:
-        uneven = torch.unique(groups[varying(total, this.axis)])
+    uneven = torch.unique(groups if total is None else groups[varying(total, this.axis)])
     even = ~torch.isin(groups, uneven)
     constant = torch.zeros(0) if total is None else _first(total, this.axis)[even]
     bases = tuple(_bases(this, facts, channels, kept, uneven))

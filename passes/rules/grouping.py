@@ -100,11 +100,11 @@ def widen_groups(this: Contraction, keep: KeepSets) -> None:
         outs = torch.zeros_like(ins)
     else:
         ins, outs = (groups.used * side.max().clamp(min=1) for side in counts.T)
-    keep.widen(this.x, this.axis, _filled(groups.ins, ins).flatten(), why)
-    keep.widen(this.op.node, this.axis, _filled(groups.outs, outs).flatten(), why)
+    keep.widen(this.x, this.axis, filled(groups.ins, ins).flatten(), why)
+    keep.widen(this.op.node, this.axis, filled(groups.outs, outs).flatten(), why)
 
 
-def _filled(kept: Tensor, wanted: Tensor) -> Tensor:
+def filled(kept: Tensor, wanted: Tensor) -> Tensor:
     """At least `wanted` (groups,) of each row of the mask: the first ones that are not kept are added."""
     missing = (wanted - kept.sum(1)).clamp(min=0)
     return kept | (~kept & ((~kept).cumsum(1) <= missing[:, None]))

@@ -148,6 +148,39 @@ def transposed(overload: Any, rank: int) -> list[Sample]:
     ]
 
 
+def attention(overload: Any) -> list[Sample]:
+    """Masks of every kind, a scale, heads that are shared, keys of another width than values."""
+    q, k, v = X((2, 4, 3, 6)), X((2, 4, 5, 6)), X((2, 4, 5, 3))
+    some = torch.tensor([[1, 0, 1, 0, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    return [
+        call(overload, q, k, v),
+        call(overload, q, k, v, X((3, 5))),
+        call(overload, q, k, v, X((2, 1, 3, 5))),
+        call(overload, q, k, v, X((2, 4, 1, 5))),
+        call(overload, q, k, v, some),
+        call(overload, q, k, v, torch.zeros(3, 5, dtype=torch.float64).masked_fill(~some, -torch.inf)),
+        call(overload, q, k, v, None, 0.0, True),
+        call(overload, q, k, v, None, 0.0, False, scale=0.3),
+        call(overload, q, X((2, 2, 5, 6)), X((2, 2, 5, 6)), None, 0.0, False, enable_gqa=True),
+        call(overload, X((2, 3, 6)), X((2, 5, 6)), X((2, 5, 6))),
+        call(overload, q, X((1, 4, 5, 6)), X((1, 4, 5, 6))),
+    ]
+
+
+def product(overload: Any) -> list[Sample]:
+    """Two variables, a constant on either side, broadcast leading axes."""
+    if overload is aten.bmm.default:
+        return [call(overload, X((2, 3, 5)), other) for other in (X((2, 5, 4)), constant(2, 5, 4))]
+    return [
+        call(overload, X((2, 3, 4, 5)), X((2, 3, 5, 6))),
+        call(overload, X((2, 3, 4, 5)), X((1, 3, 5, 6))),
+        call(overload, X((4, 5)), X((2, 5, 6))),
+        call(overload, X((4, 5)), X((5, 6))),
+        call(overload, constant(4, 5), X((2, 3, 5, 6))),
+        call(overload, X((2, 4, 5)), constant(2, 5, 3)),
+    ]
+
+
 def linear(overload: Any) -> list[Sample]:
     return [
         call(overload, X(shape), weight(4, 6), bias)
@@ -255,6 +288,8 @@ for _view in (aten.view.default, aten.reshape.default, aten._unsafe_view.default
     ]
 
 FAMILIES: dict[str, Callable[[Any], list[Sample]]] = {
+    "attention": attention,
+    "product": product,
     "pointwise": pointwise,
     "window": pooling,
     "reduction": reduction,
