@@ -76,6 +76,11 @@ def macs_by_node(program: Program) -> dict[str, int]:
             left = program.infos.get(node.args[0])  # type: ignore[arg-type]
             if left is not None and left.rank:
                 found[node.name] = _numel(info) * left.sizes[-1] // batch(info)
+        elif node.target is aten.scaled_dot_product_attention.default:
+            query, key = (program.infos.get(operand) for operand in node.args[:2])  # type: ignore[arg-type]
+            if query is not None and key is not None:
+                weights = _numel(query) // query.sizes[-1] * key.sizes[-2]
+                found[node.name] = weights * (query.sizes[-1] + info.sizes[-1]) // batch(info)
     return found
 
 

@@ -79,7 +79,8 @@ class Groups:
         dense = inputs * outputs * taps
         split = int(counts.clamp(min=1).prod(1)[counts[:, 1] > 0].sum()) * taps
         positions = self.this.positions
-        runs, saved = self.runs(), (min(padded, dense) - split) * positions
+        saved = (min(padded, dense) - split) * positions
+        runs = self.runs() if saved > 0 else []
         copies = [
             (1, int(counts[first:stop, side].sum()) * positions) for first, stop in runs for side in (0, 1)
         ]

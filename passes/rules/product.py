@@ -144,7 +144,9 @@ def _keeps_shifts(user: fx.Node, node: fx.Node, op: Op) -> bool:
     if user.target not in SCALINGS or first is not node:
         return False
     constant = op.program.constant(second)
-    return isinstance(second, (int, float)) if constant is None else not constant.ndim or constant.shape[-1] == 1
+    return (
+        isinstance(second, (int, float)) if constant is None else not constant.ndim or constant.shape[-1] == 1
+    )
 
 
 def tie_leading(op: Op, operand: fx.Node, keep: KeepSets, trailing: int = 2) -> None:
@@ -178,7 +180,7 @@ def _flat(facts: Facts, axis: int) -> Facts:
 
 
 def _product(left: Tensor, right: Tensor, size: int) -> Tensor:
-    """a b on stored forms, whose contracted axis of the given size may be stored at size 1."""
+    """A b on stored forms, whose contracted axis of the given size may be stored at size 1."""
     if left.shape[-1] == 1 and right.shape[-2] == 1:
         return left * right * size
     size = max(left.shape[-1], right.shape[-2])
@@ -190,4 +192,3 @@ def _product(left: Tensor, right: Tensor, size: int) -> Tensor:
 def _meets(left: Tensor, right: Tensor) -> Tensor:
     """Whether some k has both set, on stored masks."""
     return _product(left.to(torch.float64), right.to(torch.float64), 1) > 0
-
