@@ -242,13 +242,13 @@ def _convolution(op: Op, rewriter: Rewriter) -> fx.Node | None:
     weight = op.constant("weight")
     if weight is None:
         return None
+    names, targets = ["input", "weight", "bias", "stride", "padding"], CONVOLUTION_OF_RANK
     if op.args["transposed"]:
-        names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-        args = [rewriter.map(op.args[name]) for name in names]
-        return rewriter.call(TRANSPOSED_OF_RANK[weight.ndim - 2], args, like=op.node)
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        names, targets = [*names, "output_padding", "groups", "dilation"], TRANSPOSED_OF_RANK
+    else:
+        names += ["dilation", "groups"]
     args = [rewriter.map(op.args[name]) for name in names]
-    return rewriter.call(CONVOLUTION_OF_RANK[weight.ndim - 2], args, like=op.node)
+    return rewriter.call(targets[weight.ndim - 2], args, like=op.node)
 
 
 def _convolution_padding(op: Op, rewriter: Rewriter) -> fx.Node | None:

@@ -1,6 +1,9 @@
 """Pieces of a view: a part of the flat axis first, then a smaller view.
 
-A fused projection is written  linear -> reshape(..., 3, H, D) -> permute -> select 0, 1, 2  for queries, keys and values.
+A fused projection for queries, keys and values is written
+
+    linear -> reshape(..., 3, H, D) -> permute -> select 0, 1, 2
+
 Read like that, the three keep one set of channels, a product of sets of 3, H and D. So
 
     select(permute(reshape(x, (..., 3, H, D))), i)  =  permute(reshape(x[..., positions of i], (..., H, D)))

@@ -7,7 +7,7 @@
 
       batch (in both and in the result)   rows (in the first)   columns (in the second)   summed (in both)
 
-  it is  (batch, rows, summed) @ (batch, summed, columns),  where several letters of a kind share one axis for the while.
+  it is  (batch, rows, summed) @ (batch, summed, columns),  where letters of a kind share one axis for the while.
 
 An einsum of a diagonal, or with sizes that are broadcast, stays as it is.
 """
@@ -93,7 +93,8 @@ def _sum_with_product(op: Op, rewriter: Rewriter) -> fx.Node | None:
     if op.info is None or len(factors) != 2 or op.info.dtype == torch.bool:
         return None
     ranks = [op.info_of(node).rank for node in factors]
-    found = _matmul(op, rewriter, *(rewriter.value(node) for node in factors), ranks, step="term")
+    left, right = (rewriter.value(node) for node in factors)
+    found = _matmul(op, rewriter, left, right, ranks, step="term")
     if op.args["alpha"] != 1:
         found = rewriter.call(aten.mul.Tensor, (found, op.args["alpha"]), like=op.node, step="alpha")
     added = rewriter.value(x)

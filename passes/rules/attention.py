@@ -1,12 +1,12 @@
 """Scaled dot-product attention: y_i = sum_j softmax_j(s q_i k_j + mask_ij) v_j, for each head.
 
-forward: column c of y is known where column c of v is known and the same at every position, for the weights of a row add
-    up to 1; unless it is 0, every row must be sure to attend to something.
-backward: v is live where y is. q_id is live where k_jd is unknown or differs between positions j (what is the same for all
-    j cancels in the softmax), k_jd where some live q_id is not a known 0.
-couple: heads and other leading axes of q, k, v, y and mask keep the same indices; so do the columns of v and y, and the
-    columns of q and k, of which one stays. Positions of k and v are kept whole. Where several heads of q share one of k and
-    v, each of these keeps equally many.
+forward: column c of y is known where column c of v is known and the same at every position, for the weights of a row
+    add up to 1; unless it is 0, every row must be sure to attend to something.
+backward: v is live where y is. q_id is live where k_jd is unknown or differs between positions j (what is the same for
+    all j cancels in the softmax), k_jd where some live q_id is not a known 0.
+couple: heads and other leading axes of q, k, v, y and mask keep the same indices; so do the columns of v and y, and
+    the columns of q and k, of which one stays. Positions of k and v are kept whole. Where several heads of q share one
+    of k and v, each of these keeps equally many.
 rewrite: the call on what is kept; the scale is written out, since its default counts the columns of q.
 """
 
@@ -150,7 +150,8 @@ def _to_keys(mask: Tensor, op: Op) -> Tensor:
     shared = _shared(op)
     if shared == 1 or mask.shape[HEADS] == 1:
         return mask
-    return mask.unflatten(HEADS, (-1, shared)).any(HEADS)
+    found: Tensor = mask.unflatten(HEADS, (-1, shared)).any(HEADS)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _couple_shared(op: Op, keep: KeepSets) -> None:

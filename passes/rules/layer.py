@@ -49,7 +49,7 @@ def is_contraction(op: Op) -> bool:
 
 def by_rows(stored: Tensor, groups: int) -> Tensor:
     """The weight of a transposed convolution, (in, out / groups, *kernel), as (out, in / groups, *kernel)."""
-    blocks = stored.unflatten(0, (groups, -1)).transpose(1, 2)
+    blocks = stored.reshape(groups, -1, *stored.shape[1:]).transpose(1, 2)
     return blocks.flatten(0, 1).contiguous()
 
 

@@ -11,8 +11,8 @@ rewrite: what removed indices k contributed, K = a_R b_R, is known and is added:
 Two things that softmax makes true where it stands on one side of the product:
 
 - a is a softmax over its last axis: its rows sum to 1, so a b_j = c where column j is the known constant c at every k;
-- y goes into a softmax over its last axis and nowhere else, past scalings and sums: what is the same along j cancels. A b_k
-  that is known and the same along j is worth nothing, so neither is a_k.
+- y goes into a softmax over its last axis and nowhere else, past scalings and sums: what is the same along j cancels.
+  A b_k that is known and the same along j is worth nothing, so neither is a_k.
 """
 
 from __future__ import annotations

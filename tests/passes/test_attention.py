@@ -115,7 +115,8 @@ def test_columns_of_queries_that_are_constant_weigh_keys_and_stay(kind):
 def test_cross_attention_shrinks(kind):
     net = kind(head_mask(1, 2), head_mask(1, 2), head_mask(1, 2), bias=False)
     found = shapes(net, torch.randn(2, LENGTH, MODEL), torch.randn(2, 7, MODEL), names="ts")
-    assert found["q.weight"] == (8, MODEL) and found["o.weight"] == (MODEL, 8)
+    assert found["q.weight"] == (8, MODEL)
+    assert found["o.weight"] == (MODEL, 8)
 
 
 def test_causal_attention_shrinks():
@@ -156,7 +157,7 @@ class Shared(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "kept, queries, keys",
+    ("kept", "queries", "keys"),
     [([1, 1, 0, 0, 0, 1, 1, 0], 16, 8), ([1, 0, 0, 0, 1, 1, 1, 0], 24, 8), ([0, 0, 0, 0, 1, 0, 0, 1], 8, 4)],
     ids=["equally many", "padded", "a whole group goes"],
 )

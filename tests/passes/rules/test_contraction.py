@@ -95,7 +95,7 @@ def grouped(groups, channels, out, **settings):
 @pytest.mark.parametrize("masked", [0.3, 0.5, 0.9])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
-    "groups, channels, out",
+    ("groups", "channels", "out"),
     [(2, 8, 8), (4, 16, 16), (4, 8, 16), (8, 8, 8), (8, 8, 24), (2, 12, 6)],
     ids=str,
 )
