@@ -10,6 +10,7 @@ from passes.ir.pipeline import Note, Pipeline, Result, Step
 from passes.ir.program import Input, Program, TensorInfo
 from passes.remove_dead import RemoveDead
 from passes.rules import Rule, registered_rules, rule
+from passes.separate_axes import SeparateAxes
 from passes.separate_edges import SeparateEdges
 from passes.shrink_channels import ShrinkChannels
 
@@ -33,6 +34,7 @@ def default_pipeline(cost: CostModel | None = None) -> Pipeline:
     return Pipeline(
         (
             Canonicalize(),  # one dialect for everything after it
+            SeparateAxes(),  # channels that are multiplied with a dynamic axis can be numbered only apart from it
             rounds,
             AnalyzeChannels(),
             SeparateEdges(
@@ -61,6 +63,7 @@ __all__ = [
     "RemoveDead",
     "Result",
     "Rule",
+    "SeparateAxes",
     "SeparateEdges",
     "ShrinkChannels",
     "Step",

@@ -2,11 +2,13 @@
 
 - constant subgraphs (deterministic, from constants alone) are evaluated once: a noise layer becomes one vector;
 - copies, no-op casts and assertions go; sizes are taken from the network's inputs;
-- addmm, mm and matmul with a constant become linear; every convolution becomes conv1d, conv2d or conv3d;
+- every product becomes linear or matmul (passes/spell_products.py); every convolution becomes conv1d, conv2d or
+  conv3d, or conv_transpose1d, 2d or 3d;
 - batch norm in eval mode becomes y = x * scale + shift with scale = gamma / sqrt(var + eps) and
   shift = beta - mean * scale;
 - pooling, extrema and padding have one spelling each (passes/spellings.py);
 - split, chunk and unbind become slices; every view becomes a reshape, which needs no copy in front of it;
+- a piece of a view becomes a view of a piece (passes/spell_pieces.py);
 - x + 0, x * 1 and the like go.
 """
 
@@ -26,6 +28,8 @@ from passes.ir.pipeline import Result
 from passes.ir.program import Op, Program
 from passes.ir.rewriter import Rewriter
 from passes.rules.pointwise import CASTS, COPIES
+from passes.spell_pieces import piece, select
+from passes.spell_products import PRODUCTS
 from passes.spellings import FIRST_OUTPUTS, SPELLINGS
 
 aten = torch.ops.aten
@@ -211,9 +215,10 @@ def _split_piece(op: Op, split: Op, rewriter: Rewriter) -> fx.Node | None:
 
 
 def _unbind_piece(op: Op, unbind: Op, rewriter: Rewriter) -> fx.Node:
-    source = unbind.operands[0]
-    return rewriter.call(
-        aten.select.int, (rewriter.value(source), unbind.args["dim"], op.node.args[1]), like=op.node
+    source, axis, index = unbind.operands[0], unbind.args["dim"], op.node.args[1]
+    assert isinstance(index, int)
+    return piece(op, rewriter, source, axis, index) or rewriter.call(
+        aten.select.int, (rewriter.value(source), axis, index), like=op.node
     )
 
 
@@ -225,51 +230,25 @@ PIECES: dict[Any, Callable[[Op, Op, Rewriter], fx.Node | None]] = {
 }
 
 
-def _linear_call(op: Op, rewriter: Rewriter, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
-    """linear(x, W^T, b) in the place of a product x W + b."""
-    value = op.program.constant(weight)
-    assert value is not None
-    args: list[Any] = [rewriter.value(x)]
-    args.append(rewriter.constant(value.T, str(weight.target), rewriter.dtype_of(weight)))
-    if bias is not None:
-        held = op.program.constant(bias)
-        assert held is not None
-        full = held.expand(value.shape[1]).clone()
-        args.append(rewriter.constant(full, str(bias.target), rewriter.dtype_of(bias)))
-    return rewriter.call(aten.linear.default, args, like=op.node)
-
-
-def _is_matrix(op: Op, node: object) -> bool:
-    value = op.program.constant(node)
-    return value is not None and value.ndim == 2
-
-
-def _addmm(op: Op, rewriter: Rewriter) -> fx.Node | None:
-    bias, x, weight = (op.args[name] for name in ("self", "mat1", "mat2"))
-    held = op.program.constant(bias)
-    plain = op.args["beta"] == 1 and op.args["alpha"] == 1
-    if not plain or held is None or held.ndim > 1 or not _is_matrix(op, weight) or _is_matrix(op, x):
-        return None
-    return _linear_call(op, rewriter, x, weight, bias)
-
-
-def _mm(op: Op, rewriter: Rewriter) -> fx.Node | None:
-    x, weight = op.args["self"], op.arg("mat2", "other")
-    if not _is_matrix(op, weight) or op.program.constant(x) is not None:
-        return None
-    return _linear_call(op, rewriter, x, weight, None)
-
-
 CONVOLUTION_OF_RANK = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+TRANSPOSED_OF_RANK = {
+    1: aten.conv_transpose1d.default,
+    2: aten.conv_transpose2d.input,
+    3: aten.conv_transpose3d.input,
+}
 
 
 def _convolution(op: Op, rewriter: Rewriter) -> fx.Node | None:
     weight = op.constant("weight")
-    if weight is None or op.args["transposed"]:
+    if weight is None:
         return None
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    names, targets = ["input", "weight", "bias", "stride", "padding"], CONVOLUTION_OF_RANK
+    if op.args["transposed"]:
+        names, targets = [*names, "output_padding", "groups", "dilation"], TRANSPOSED_OF_RANK
+    else:
+        names += ["dilation", "groups"]
     args = [rewriter.map(op.args[name]) for name in names]
-    return rewriter.call(CONVOLUTION_OF_RANK[weight.ndim - 2], args, like=op.node)
+    return rewriter.call(targets[weight.ndim - 2], args, like=op.node)
 
 
 def _convolution_padding(op: Op, rewriter: Rewriter) -> fx.Node | None:
@@ -381,9 +360,8 @@ HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten.reshape.default), _view),
     operator.getitem: _getitem,
     **SPELLINGS,
-    aten.addmm.default: _addmm,
-    aten.mm.default: _mm,
-    aten.matmul.default: _mm,
+    **PRODUCTS,
+    aten.select.int: select,
     aten.convolution.default: _convolution,
     aten.conv1d.padding: _convolution_padding,
     aten.conv2d.padding: _convolution_padding,

@@ -3,7 +3,8 @@
 A chain of multiplications, additions and the like by per-channel constants is one affine map y = x * s + t.
 
 - backward, into the producer x = W u + b read by nobody else:  W' = s W,  b' = s b + t;
-- forward, into all consumers W y + b:  W' = W s,  b' = b + W t (the shift only where no zero padding meets it);
+- forward, into all consumers W y + b:  W' = W s,  b' = b + W t (the shift only where it adds the same everywhere: no
+  zero padding, no stride of a transposed convolution);
 - either way through what commutes with it: relu-like ops and max pooling for s >= 0, averages, sums over positions
   and resampling for any s, views and permutations with the channels renumbered, a shift alone into one addend;
 - otherwise the chain is left as one multiplication and one addition.
@@ -24,7 +25,7 @@ from passes.ir.lattice import along
 from passes.ir.pipeline import Result
 from passes.ir.program import Op, Program
 from passes.ir.rewriter import Rewriter
-from passes.rules.layer import CONVOLUTIONS, LINEAR, Contraction, describe, emit, is_contraction
+from passes.rules.layer import SPATIAL_RANK, Contraction, describe, emit, is_contraction
 
 aten = torch.ops.aten
 
@@ -96,7 +97,7 @@ def _merge(program: Program, base: fx.Node, chain: list[fx.Node], joint: Affine,
 
 
 def _contraction(program: Program, node: fx.Node) -> Contraction | None:
-    if node.target is not LINEAR and node.target not in CONVOLUTIONS:
+    if node.target not in SPATIAL_RANK:
         return None
     op = program.op(node)
     return describe(op) if op.info is not None and is_contraction(op) else None
@@ -152,7 +153,7 @@ def _push(
     for user in node.users:
         found = _contraction(program, user)
         if found is not None and found.x is node:
-            if joint.axis not in (None, found.axis) or (joint.has_shift and found.has_padding()):
+            if joint.axis not in (None, found.axis) or (joint.has_shift and not _takes_shift(found, joint)):
                 return None
             takers[user] = joint
             continue
@@ -165,6 +166,13 @@ def _push(
         takers |= further[0]
         passed |= further[1] | {user}
     return (takers, passed) if takers else None
+
+
+def _takes_shift(this: Contraction, joint: Affine) -> bool:
+    """Whether the shift adds the same to a row at every position."""
+    if not this.may_vary():
+        return True
+    return this.is_transposed and this.of_constant(joint.shift) is not None
 
 
 def _apply(program: Program, edits: Edits) -> Program:
@@ -226,7 +234,8 @@ def consumed(
         return rows.reshape(*rows.shape, *([1] * this.spatial_rank))
 
     if before.has_shift:
-        moved = (weight * per_input(before.shift)).flatten(1).sum(1)
+        moved = this.of_constant(before.shift)
+        assert moved is not None
         bias = moved if bias is None else bias + moved
     return weight * per_input(before.scale), bias
 

@@ -106,7 +106,7 @@ def _wasted_reads(program: Program, this: Contraction, macs: dict[str, int]) -> 
     read = this.columns.any(0)
     needed = read & any_over_others(~facts.known, this.axis, this.in_channels)
     stand_ins = read & any_over_others(facts.known_value != 0, this.axis, this.in_channels) & ~needed
-    if not this.has_padding():
+    if not this.may_vary():
         stand_ins = torch.zeros_like(stand_ins)
     needed = needed | stand_ins
     wasted = int((~needed).sum())

@@ -20,11 +20,7 @@ def random_inputs(program: Program, examples: Sequence[Tensor], seed: int = 0) -
     example's size in the first, another admissible size in the second.
     """
     generator = torch.Generator().manual_seed(seed)
-    leading = {
-        _pair(entry, 0)
-        for entry in program.inputs
-        if entry.sizes and _pair(entry, 0)[0] != _pair(entry, 0)[1]
-    }
+    leading = {entry.key(0) for entry in program.inputs if entry.sizes and not _is_static(entry, 0)}
     found = []
     for batch in (1, 3):
         shapes = [
@@ -40,20 +36,19 @@ def random_inputs(program: Program, examples: Sequence[Tensor], seed: int = 0) -
     return found
 
 
-def _pair(entry: Input, axis: int) -> tuple[int, int]:
-    return entry.sizes[axis], entry.other_sizes[axis]
+def _is_static(entry: Input, axis: int) -> bool:
+    return len(set(entry.key(axis))) == 1
 
 
 def _shape(entry: Input, example: Tensor, batch: int | None, *, other: bool) -> tuple[int, ...]:
     shape = list(example.shape)
     for axis in range(len(shape)):
-        size, second = _pair(entry, axis)
-        if size == second:
+        if _is_static(entry, axis):
             continue
         if axis == 0 and batch is not None:
             shape[axis] = batch
         elif other:
-            shape[axis] = size
+            shape[axis] = entry.sizes[axis]
     return tuple(shape)
 
 
@@ -115,15 +110,14 @@ def check_inputs(program: Program, tensors: Sequence[Tensor]) -> tuple[Tensor, .
     """Return one call's tensors in the dtypes of the network's inputs; `InputError` where they do not fit."""
     if len(tensors) != len(program.inputs):
         raise InputError(f"{len(tensors)} input tensors were given, the network takes {len(program.inputs)}")
-    seen: dict[tuple[int, int], tuple[str, int]] = {}
+    seen: dict[tuple[int, ...], tuple[str, int]] = {}
     found = []
     for entry, tensor in zip(program.inputs, tensors, strict=True):
         found.append(_fitted(entry, tensor))
         for axis, size in enumerate(tensor.shape):
-            pair = _pair(entry, axis)
-            if pair[0] == pair[1]:
+            if _is_static(entry, axis):
                 continue
-            name, wanted = seen.setdefault(pair, (entry.name, size))
+            name, wanted = seen.setdefault(entry.key(axis), (entry.name, size))
             if size != wanted:
                 raise InputError(
                     f"input {entry.name!r} has size {size} along axis {axis}, where {name!r} has {wanted}; "

@@ -80,3 +80,10 @@ def test_an_input_without_axes_is_a_number() -> None:
     program = capture(Masked(), torch.randn(4, 6)).replace(inputs=(entry,))
     [value] = check_inputs(program, [torch.tensor(2.0)])
     assert value.shape == ()
+
+
+def test_axes_whose_everyday_sizes_agree_by_chance_may_differ() -> None:
+    entry = Input("x", torch.float32, sizes=(2, 2, 6), other_sizes=(3, 3, 6), far_sizes=(2003, 256, 6))
+    program = capture(nn.Linear(6, 3), torch.randn(2, 2, 6)).replace(inputs=(entry,))
+    [found] = check_inputs(program, [torch.randn(2, 7, 6)])
+    assert found.shape == (2, 7, 6)

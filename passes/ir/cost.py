@@ -13,6 +13,9 @@ from passes.ir.program import Program, TensorInfo
 aten = torch.ops.aten
 
 CONTRACTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default})
+TRANSPOSED = frozenset(
+    {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+)
 
 
 class CostModel(Protocol):
@@ -65,10 +68,19 @@ def macs_by_node(program: Program) -> dict[str, int]:
             weight = program.infos.get(node.args[1])  # type: ignore[arg-type]
             if weight is not None:
                 found[node.name] = _numel(info) * _numel(weight) // weight.sizes[0] // batch(info)
+        elif node.target in TRANSPOSED:
+            x, weight = (program.infos.get(operand) for operand in node.args[:2])  # type: ignore[arg-type]
+            if x is not None and weight is not None:
+                found[node.name] = _numel(x) * _numel(weight) // weight.sizes[0] // batch(x)
         elif node.target in {aten.mm.default, aten.bmm.default, aten.matmul.default}:
             left = program.infos.get(node.args[0])  # type: ignore[arg-type]
             if left is not None and left.rank:
                 found[node.name] = _numel(info) * left.sizes[-1] // batch(info)
+        elif node.target is aten.scaled_dot_product_attention.default:
+            query, key = (program.infos.get(operand) for operand in node.args[:2])  # type: ignore[arg-type]
+            if query is not None and key is not None:
+                weights = _numel(query) // query.sizes[-1] * key.sizes[-2]
+                found[node.name] = weights * (query.sizes[-1] + info.sizes[-1]) // batch(info)
     return found
 
 

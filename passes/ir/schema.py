@@ -30,9 +30,14 @@ def bind(node: fx.Node) -> dict[str, Any]:
 
 
 def call(node: fx.Node, value_of: Callable[[fx.Node], Any], **changed: Any) -> Any:
-    """Call a node's target with every node among its arguments replaced; `changed` overrides keywords."""
+    """Call a node's target with every node among its arguments replaced; `changed` overrides keywords.
+
+    A view is called as a reshape: memory lies as the device and dtype of the operators before it have it.
+    """
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
-    target: Callable[..., Any] = node.target  # type: ignore[assignment]
+    target: Any = (
+        torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
+    )
     return target(*args, **{**kwargs, **changed})
 
 

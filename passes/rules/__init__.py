@@ -1,10 +1,12 @@
 """The rules, one file per op family; importing the package registers them all."""
 
 from passes.rules import (
+    attention,
     contraction,
     joining,
     padding,
     pointwise,
+    product,
     reduction,
     resample,
     selection,
@@ -16,10 +18,12 @@ from passes.rules.base import OPAQUE, Rule, registered_rules, rule, rule_for
 __all__ = [
     "OPAQUE",
     "Rule",
+    "attention",
     "contraction",
     "joining",
     "padding",
     "pointwise",
+    "product",
     "reduction",
     "registered_rules",
     "resample",

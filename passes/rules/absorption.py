@@ -1,39 +1,51 @@
 """Where the constants of removed channels go: into a bias, or into the columns of a kept basis.
 
-For kept rows J and removed known channels R of x: K = conv(x_R) restricted to J.
+For kept rows J and removed known channels R of x: K = conv(x_R) restricted to J. Group by group (a layer without groups
+is one group):
 
 - rows that are wholly known and flat become a zero row and the constant itself as bias;
 - K uniform over positions: b' = b + K;
-- otherwise x_R = C x_B for a basis B of the maps that is kept: W'_B = W_B + sum_R C_R^T W_R.
-
-Groups are not covered: a grouped convolution keeps whole groups, so nothing is removed beside what stays.
+- otherwise x_R = C x_B for a basis B of the maps, in the same group, that is kept: W'_B = W_B + sum_R C_R^T W_R.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from passes.ir.axes import flatten_facts
 from passes.ir.basis import express
 from passes.ir.keep import KeepSets
 from passes.ir.lattice import Facts, all_over_others, along, any_over_others
-from passes.rules.layer import Contraction, is_uniform
+from passes.rules.layer import Contraction, varying
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """In one group, x[removed] = coefficients @ x[kept]; indices are those of x, coefficients (removed, kept)."""
+
+    group: int
+    removed: Tensor
+    kept: Tensor
+    coefficients: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Absorption:
-    """Where the constants of removed channels go: into the bias of `rows`, or into the columns of a kept basis.
-
-    constant: (rows,), what they add at every position; basis: channels of x that stay, with coefficients (removed,
-    basis) that express the removed ones, or None.
-    """
+    """Where the constants of removed channels go: `constant` (rows,) into the bias of `rows`, others into `bases`."""
 
     rows: Tensor
     constant: Tensor
-    basis: Tensor | None = None
-    coefficients: Tensor = field(default_factory=lambda: torch.zeros(0))
+    bases: tuple[Basis, ...] = ()
+
+    @property
+    def stay(self) -> Tensor:
+        """The channels of x that the bases keep."""
+        kept = [basis.kept for basis in self.bases]
+        return torch.cat(kept) if kept else torch.zeros(0, dtype=torch.int64)
 
 
 def absorption(this: Contraction, facts: Facts, keep: KeepSets) -> tuple[Tensor, Tensor | None] | None:
@@ -46,11 +58,10 @@ def absorption(this: Contraction, facts: Facts, keep: KeepSets) -> tuple[Tensor,
     bias = torch.zeros(this.out_channels, dtype=weight.dtype) if this.bias is None else this.bias.clone()
     known, constants = _flat_rows(this, facts)
     weight[known], bias[known] = 0.0, constants
-    if found.basis is None:
-        bias[found.rows] += found.constant
-        weight[:, channels] = 0.0
-    else:
-        weight = _combine(weight, found.basis, found.coefficients, channels)
+    bias[found.rows] += found.constant
+    _clear(this, weight, channels, found)
+    for basis in found.bases:
+        _combine(this, weight, basis)
     return weight, bias if this.bias is not None or bool((bias != 0).any()) else None
 
 
@@ -66,7 +77,8 @@ def removed_constants(this: Contraction, facts: Facts, keep: KeepSets) -> Tensor
     candidates = nonzero & ~kept
     if not bool(candidates.any()):
         return None
-    removed = candidates & (this.columns & keep.get(this.op.node, this.axis)[:, None]).any(0)
+    rows = keep.get(this.op.node, this.axis)
+    removed = candidates & this.channels_read(rows)
     return removed.nonzero().flatten() if bool(removed.any()) else None
 
 
@@ -91,87 +103,88 @@ def _find_absorption(
     reading[_flat_rows(this, facts)[0]] = False
     indices = reading.nonzero().flatten()
     total = this.contribution(facts.known_value, channels, indices, every_position=False)
-    if total is not None and is_uniform(total, this.axis):
-        return Absorption(indices, _first(total, this.axis))
+    groups = indices // this.out_per_group
+    uneven = torch.unique(groups if total is None else groups[varying(total, this.axis)])
+    even = ~torch.isin(groups, uneven)
+    constant = torch.zeros(0) if total is None else _first(total, this.axis)[even]
+    bases = tuple(_bases(this, facts, channels, kept, uneven))
+    return Absorption(indices[even], constant, bases)
+
+
+def _bases(
+    this: Contraction, facts: Facts, channels: Tensor, kept: Tensor, groups: Tensor
+) -> Iterator[Basis]:
+    """A basis for the removed channels of each of the groups."""
     known = all_over_others(facts.known, this.axis, this.in_channels)
     nonzero = any_over_others(facts.known_value != 0, this.axis, this.in_channels)
     available = (known & kept & nonzero).nonzero().flatten()
-    return Absorption(indices, torch.zeros(0), *express(_maps(this, facts), channels, available))
+    maps = _by_channel(this.at_full_width(facts.known_value), this.axis)
+    owner = channels // this.in_per_group
+    for group in groups.tolist():
+        removed = channels[owner == group]
+        if removed.numel():
+            at_hand = available[available // this.in_per_group == group]
+            yield Basis(group, removed, *express(maps, removed, at_hand))
 
 
-def _combine(weight: Tensor, basis: Tensor, coefficients: Tensor, channels: Tensor) -> Tensor:
-    """W_B += sum_R C[R, B] W_R, and W_R = 0 outside the basis."""
-    extra = torch.einsum("or...,rb->ob...", weight[:, channels], coefficients)
-    in_basis = torch.isin(channels, basis)
-    weight[:, channels[~in_basis]] = 0.0
-    result = weight.clone()
-    result[:, basis] = torch.where(
-        _broadcast(torch.isin(basis, channels), result), extra, weight[:, basis] + extra
-    )
-    return result
+def _clear(this: Contraction, weight: Tensor, channels: Tensor, found: Absorption) -> None:
+    """W_R = 0, but for the groups whose bases still need it."""
+    owner = channels // this.in_per_group
+    held = torch.tensor([basis.group for basis in found.bases], dtype=torch.int64)
+    gone = channels[~torch.isin(owner, held)]
+    blocks = weight.view(this.groups, this.out_per_group, *weight.shape[1:])
+    blocks[gone // this.in_per_group, :, gone % this.in_per_group] = 0.0
 
 
-def _broadcast(mask: Tensor, weight: Tensor) -> Tensor:
-    return mask.reshape(1, -1, *([1] * (weight.ndim - 2)))
-
-
-def _maps(this: Contraction, facts: Facts) -> Tensor:
-    """The known map of each channel of x, flattened; (in, positions)."""
-    value = facts.known_value
-    value = this.at_full_width(value)
-    return _by_channel(value, this.axis)
+def _combine(this: Contraction, weight: Tensor, basis: Basis) -> None:
+    """W_B += sum_R C[R, B] W_R, and W_R = 0 outside the basis; in place, in the rows of the group."""
+    first = basis.group * this.out_per_group
+    block = weight[first : first + this.out_per_group]
+    removed, kept = (index - basis.group * this.in_per_group for index in (basis.removed, basis.kept))
+    extra = torch.einsum("or...,rb->ob...", block[:, removed], basis.coefficients)
+    block[:, removed] = 0.0
+    block[:, kept] += extra
 
 
 def _flat_rows(this: Contraction, facts: Facts) -> tuple[Tensor, Tensor]:
     """(rows of y that are known and the same at all positions, their values)."""
     if "flat_rows" not in this.op.cache:
-        rows = (~reached_rows(this, facts)).nonzero().flatten()
-        part = known_rows(this, facts, rows) if rows.numel() else None
-        if part is None:
-            this.op.cache["flat_rows"] = rows[:0], torch.zeros(0, dtype=this.weight.dtype)
-        else:
-            flat = _by_channel(part, this.axis)
-            uniform = (flat == flat[:, :1]).all(1)
-            this.op.cache["flat_rows"] = rows[uniform], flat[uniform, 0]
+        rows, part = known_rows(this, facts, (~reached_rows(this, facts)).nonzero().flatten())
+        flat = _by_channel(part, this.axis)
+        uniform = (flat == flat[:, :1]).all(1)
+        this.op.cache["flat_rows"] = rows[uniform], flat[uniform, 0]
     found: tuple[Tensor, Tensor] = this.op.cache["flat_rows"]
     return found
 
 
 def reached_rows(this: Contraction, facts: Facts) -> Tensor:
     """Rows of y that read an unknown entry with a weight that is not zero; (out,)."""
-    unknown = ~all_over_others(facts.known, this.axis, this.in_channels)
-    per_group = unknown.view(this.groups, 1, this.in_per_group)
-    return (this.columns.view(this.groups, -1, this.in_per_group) & per_group).any(2).flatten()
+    return this.rows_reading(~all_over_others(facts.known, this.axis, this.in_channels))
 
 
-def known_rows(this: Contraction, facts: Facts, rows: Tensor) -> Tensor | None:
-    """Values of the given rows of y, bias included, in stored form; None where they cannot be laid out."""
+def known_rows(this: Contraction, facts: Facts, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the given rows whose values can be laid out, and the values, bias included, in stored form."""
     value = facts.known_value
-    if this.groups > 1:
-        part = _grouped_rows(this, value, rows)
-    else:
-        read = this.columns[rows].any(0)
-        nonzero = any_over_others(value != 0, this.axis, this.in_channels)
-        part = this.contribution(value, (read & nonzero).nonzero().flatten(), rows)
-    if part is None or this.bias is None:
-        return part
-    return part + along(this.bias[rows], this.axis, this.info.rank)
+    nonzero = any_over_others(value != 0, this.axis, this.in_channels)
+    wanted = torch.zeros(this.out_channels, dtype=torch.bool).index_fill(0, rows, True)
+    channels = (this.channels_read(wanted) & nonzero).nonzero().flatten()
+    part = this.contribution(value, channels, rows)
+    if part is None:
+        rows = rows[~this.rows_reading(nonzero)[rows]]
+        part = this.contribution(value, channels[:0], rows)
+        assert part is not None
+    rows, part = _settled(this, rows, part)
+    return rows, part if this.bias is None else part + along(this.bias[rows], this.axis, this.info.rank)
 
 
-def _grouped_rows(this: Contraction, value: Tensor, rows: Tensor) -> Tensor | None:
-    """Rows of a grouped convolution, computed for all rows of the groups that hold them."""
-    per_group = this.out_channels // this.groups
-    value = this.at_full_width(value)
-    groups = torch.unique(rows // per_group)
-    inputs = (groups[:, None] * this.in_per_group + torch.arange(this.in_per_group)).flatten()
-    outputs = (groups[:, None] * per_group + torch.arange(per_group)).flatten()
-    part = value.index_select(this.axis, inputs)
-    if bool((part != 0).any()):
-        if this.has_dynamic_border():
-            return None
-        result = this.run(this.spread(part), this.weight[outputs], groups.numel())
-        return result.index_select(this.axis, torch.searchsorted(outputs, rows))
-    return this._nothing(rows)
+def _settled(this: Contraction, rows: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that do not vary along dynamic axes, at size 1 along them."""
+    dynamic = [axis for axis in this.spatial if not this.info.is_static(axis) and part.shape[axis] > 1]
+    if not dynamic:
+        return rows, part
+    facts = flatten_facts(Facts(part, torch.ones([1] * part.ndim, dtype=torch.bool)), dynamic)
+    even = all_over_others(facts.known, this.axis, rows.numel())
+    return rows[even], facts.value.index_select(this.axis, even.nonzero().flatten())
 
 
 def _by_channel(stored: Tensor, axis: int) -> Tensor:

@@ -251,15 +251,27 @@ class SizeHints:
         return self._values[symbol]
 
     def _admissible(self, symbol: Any, wanted: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the wanted values where the symbol's range allows them, else others that no symbol has yet."""
-        allowed = self._ranges.get(symbol)
-        if allowed is None:
-            return wanted
-        low, high = max(int(allowed.lower), 1), allowed.upper
-        if low <= min(wanted) and max(wanted) <= high:
-            return wanted
-        top = int(high) if high <= low + 4096 else low + 4096
-        ends = [*range(max(low, 2), min(low + 8, top) + 1), *range(max(low, top - 8), top + 1)]
+        """Return the wanted values where the symbol's range allows them, else others.
+
+        No other symbol has one of them under the same shape, or at least not all of them.
+        """
         taken = set(self._values.values())
-        triples = ((a, b, c) for a, b, c in itertools.product(ends, ends, reversed(ends)) if a != b)
-        return next((triple for triple in triples if triple not in taken), wanted)
+
+        def is_apart(triple: tuple[int, ...]) -> bool:
+            return all(
+                size not in sizes for size, sizes in zip(triple, zip(*taken, strict=True), strict=False)
+            )
+
+        allowed = self._ranges.get(symbol)
+        low, high = (1, None) if allowed is None else (max(int(allowed.lower), 1), allowed.upper)
+        fits = high is None or (low <= min(wanted) and max(wanted) <= high)
+        if fits and is_apart(wanted):
+            return wanted
+        top = int(high) if high is not None and high <= low + 4096 else low + 4096
+        ends = [*range(max(low, 2), min(low + 8, top) + 1), *range(max(low, top - 8), top + 1)]
+        triples = [
+            triple
+            for triple in itertools.product(ends, ends, reversed(ends))
+            if triple[0] != triple[1] and triple not in taken
+        ]
+        return next(filter(is_apart, triples), triples[0] if triples else wanted)

@@ -17,7 +17,7 @@ from passes.ir.cost import Cost, count, macs_by_node
 from passes.ir.pipeline import Note, Step
 from passes.ir.program import Program
 from passes.rules import OPAQUE, rule_for
-from passes.rules.layer import CONVOLUTIONS, LINEAR
+from passes.rules.layer import SPATIAL_RANK, describe, is_contraction
 from sbp_compile.verify import Verification
 
 
@@ -128,10 +128,9 @@ def _weights(program: Program) -> dict[str, tuple[str, int, int]]:
     """Return (operator, output channels, input channels) of each contraction, by name."""
     found = {}
     for node in program.calls():
-        if node.target in CONVOLUTIONS or node.target is LINEAR:
-            weight = program.constant(node.args[1])
-            if weight is not None:
-                found[node.name] = (str(node.target).split(".")[1], weight.shape[0], weight.shape[1])
+        if node.target in SPATIAL_RANK and node in program.infos and is_contraction(program.op(node)):
+            weight = describe(program.op(node)).weight
+            found[node.name] = (str(node.target).split(".")[1], weight.shape[0], weight.shape[1])
     return found
 
 
@@ -166,7 +165,7 @@ def _explained(name: str, channels: int, kept: int, analyses: Sequence[Analysed]
         if node is None or node not in program.infos:
             break
         target: Any = node.target
-        axis = program.infos[node].rank - 1 - CONVOLUTIONS.get(target, 0)
+        axis = program.infos[node].rank - 1 - SPATIAL_RANK.get(target, 0)
         needed = program.analysis.keep.needed(name, axis)
         weight = program.constant(node.args[1])
         if needed is None or weight is None:

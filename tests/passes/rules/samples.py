@@ -114,7 +114,70 @@ def convolution(overload: Any, rank: int) -> list[Sample]:
         call(overload, x, weight(6, 1, *kernel), constant(6), ones, ones, ones, 6),
         call(overload, x, weight(12, 1, *kernel), None, ones, ones, ones, 6),
         call(overload, x, weight(9, 2, *kernel), constant(9), ones, zeros, ones, 3),
+        call(overload, x, weight(8, 3, *kernel), constant(8), ones, ones, ones, 2),
+        call(overload, x, weight(4, 3, *kernel), None, twos, ones, ones, 2),
         call(overload, X((6, *size)), weight(5, 6, *kernel), constant(5), ones, ones, ones, 1),
+    ]
+
+
+def transposed(overload: Any, rank: int) -> list[Sample]:
+    """Stride, padding, output padding, dilation, groups; with and without bias; unbatched."""
+    size = (5, 4, 3)[:rank]
+    x = X((2, 6, *size))
+    kernel = (3,) * rank
+    ones, zeros, twos = [1] * rank, [0] * rank, [2] * rank
+
+    def stored(inputs: int, out: int, *kernel: int) -> Tensor:
+        value = constant(inputs, out, *kernel, zeros=0.1)
+        value[-1], value[:, 0] = 0.0, 0.0
+        return value
+
+    return [
+        call(overload, x, stored(6, 5, *kernel), constant(5), ones, zeros),
+        call(overload, x, stored(6, 5, *kernel), None, twos, ones, ones),
+        call(overload, x, stored(6, 5, *kernel), constant(5), twos, zeros, zeros, 1, ones),
+        call(overload, x, stored(6, 5, *twos), constant(5), twos, zeros),
+        call(overload, x, torch.ones(6, 5, *twos, dtype=torch.float64), constant(5), twos, zeros),
+        call(overload, x, stored(6, 5, *kernel), constant(5), twos, twos, ones, 1, twos),
+        call(overload, x, stored(6, 5, *ones), constant(5), ones, zeros),
+        call(overload, x, stored(6, 3, *kernel), constant(9), twos, ones, zeros, 3),
+        call(overload, x, stored(6, 3, *kernel), constant(6), ones, ones, zeros, 2),
+        call(overload, x, stored(6, 1, *kernel), constant(6), twos, ones, ones, 6),
+        call(overload, x, stored(6, 2, *kernel), None, ones, ones, zeros, 6),
+        call(overload, X((6, *size)), stored(6, 5, *kernel), constant(5), twos, ones, ones, 1),
+    ]
+
+
+def attention(overload: Any) -> list[Sample]:
+    """Masks of every kind, a scale, heads that are shared, keys of another width than values."""
+    q, k, v = X((2, 4, 3, 6)), X((2, 4, 5, 6)), X((2, 4, 5, 3))
+    some = torch.tensor([[1, 0, 1, 0, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    return [
+        call(overload, q, k, v),
+        call(overload, q, k, v, X((3, 5))),
+        call(overload, q, k, v, X((2, 1, 3, 5))),
+        call(overload, q, k, v, X((2, 4, 1, 5))),
+        call(overload, q, k, v, some),
+        call(overload, q, k, v, torch.zeros(3, 5, dtype=torch.float64).masked_fill(~some, -torch.inf)),
+        call(overload, q, k, v, None, 0.0, True),
+        call(overload, q, k, v, None, 0.0, False, scale=0.3),
+        call(overload, q, X((2, 2, 5, 6)), X((2, 2, 5, 6)), None, 0.0, False, enable_gqa=True),
+        call(overload, X((2, 3, 6)), X((2, 5, 6)), X((2, 5, 6))),
+        call(overload, q, X((1, 4, 5, 6)), X((1, 4, 5, 6))),
+    ]
+
+
+def product(overload: Any) -> list[Sample]:
+    """Two variables, a constant on either side, broadcast leading axes."""
+    if overload is aten.bmm.default:
+        return [call(overload, X((2, 3, 5)), other) for other in (X((2, 5, 4)), constant(2, 5, 4))]
+    return [
+        call(overload, X((2, 3, 4, 5)), X((2, 3, 5, 6))),
+        call(overload, X((2, 3, 4, 5)), X((1, 3, 5, 6))),
+        call(overload, X((4, 5)), X((2, 5, 6))),
+        call(overload, X((4, 5)), X((5, 6))),
+        call(overload, constant(4, 5), X((2, 3, 5, 6))),
+        call(overload, X((2, 4, 5)), constant(2, 5, 3)),
     ]
 
 
@@ -187,6 +250,9 @@ SPECIFIC: dict[Any, Callable[[Any], list[Sample]]] = {
     aten.conv1d.default: lambda op: convolution(op, 1),
     aten.conv2d.default: lambda op: convolution(op, 2),
     aten.conv3d.default: lambda op: convolution(op, 3),
+    aten.conv_transpose1d.default: lambda op: transposed(op, 1),
+    aten.conv_transpose2d.input: lambda op: transposed(op, 2),
+    aten.conv_transpose3d.input: lambda op: transposed(op, 3),
     aten.cat.default: lambda op: [
         call(op, [X((2, 3, 4)), X((2, 2, 4)), constant(2, 2, 4)], 1),
         call(op, [X((2, 3, 4)), X((2, 3, 1))], -1),
@@ -222,6 +288,8 @@ for _view in (aten.view.default, aten.reshape.default, aten._unsafe_view.default
     ]
 
 FAMILIES: dict[str, Callable[[Any], list[Sample]]] = {
+    "attention": attention,
+    "product": product,
     "pointwise": pointwise,
     "window": pooling,
     "reduction": reduction,
