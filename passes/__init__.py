@@ -3,6 +3,7 @@
 from passes.absorb_constants import AbsorbConstants
 from passes.analyze_channels import AnalyzeChannels
 from passes.canonicalize import Canonicalize
+from passes.compose_readings import ComposeReadings
 from passes.fold_scales import FoldScales
 from passes.ir.cost import CostModel, CountingModel
 from passes.ir.errors import LintError, PassError, UnsupportedError
@@ -26,6 +27,7 @@ def default_pipeline(cost: CostModel | None = None) -> Pipeline:
             AbsorbConstants(),  # needs the keep sets; leaves every removed channel without a reader
             ShrinkChannels(),  # needs both; slices
             Canonicalize(),  # constants that appeared are folded, neutral operations go
+            ComposeReadings(),  # what is read of fewer entries may be read at once
         ),
         name="shrink",
         repeat=True,
@@ -33,6 +35,7 @@ def default_pipeline(cost: CostModel | None = None) -> Pipeline:
     return Pipeline(
         (
             Canonicalize(),  # one dialect for everything after it
+            ComposeReadings(),  # before any keep set: pieces of one value become independent of each other
             rounds,
             AnalyzeChannels(),
             SeparateEdges(
@@ -49,6 +52,7 @@ __all__ = [
     "AbsorbConstants",
     "AnalyzeChannels",
     "Canonicalize",
+    "ComposeReadings",
     "CostModel",
     "CountingModel",
     "FoldScales",

@@ -25,6 +25,7 @@ from passes.ir.analysis import LARGEST_CONSTANT, size_source
 from passes.ir.pipeline import Result
 from passes.ir.program import Op, Program
 from passes.ir.rewriter import Rewriter
+from passes.placements import PLACEMENTS
 from passes.rules.pointwise import CASTS, COPIES
 from passes.spellings import FIRST_OUTPUTS, SPELLINGS
 
@@ -381,6 +382,7 @@ HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten.reshape.default), _view),
     operator.getitem: _getitem,
     **SPELLINGS,
+    **PLACEMENTS,
     aten.addmm.default: _addmm,
     aten.mm.default: _mm,
     aten.matmul.default: _mm,
