@@ -4,6 +4,7 @@ from passes.absorb_constants import AbsorbConstants
 from passes.analyze_channels import AnalyzeChannels
 from passes.canonicalize import Canonicalize
 from passes.compose_readings import ComposeReadings
+from passes.fold_permutations import FoldPermutations
 from passes.fold_scales import FoldScales
 from passes.ir.cost import CostModel, CountingModel
 from passes.ir.errors import LintError, PassError, UnsupportedError
@@ -23,6 +24,7 @@ def default_pipeline(cost: CostModel | None = None) -> Pipeline:
     rounds = Pipeline(
         (
             FoldScales(),  # first: a scale of zero becomes a zero row or column, which the sweeps see
+            FoldPermutations(),  # a permutation that went into weights couples nothing any more
             AnalyzeChannels(),  # facts, demand and keep sets of this very graph
             AbsorbConstants(),  # needs the keep sets; leaves every removed channel without a reader
             ShrinkChannels(),  # needs both; slices
@@ -55,6 +57,7 @@ __all__ = [
     "ComposeReadings",
     "CostModel",
     "CountingModel",
+    "FoldPermutations",
     "FoldScales",
     "Input",
     "LintError",

@@ -4,7 +4,7 @@
 - a reading of a concatenation becomes a reading of the operands that it meets, one after the other (cat, then split);
 - a concatenation of concatenations is one; neighbours that read on in one source become one reading, and pieces that
   together are all of a source become the source;
-- select of stack is the operand;
+- select of stack is the operand; equal readings of one value are one call;
 - a chain of views and permutations that only reorders one axis (a channel shuffle written with views) becomes one
   index_select, and one that changes nothing goes (passes/ir/regroup.py).
 
@@ -67,6 +67,9 @@ class Piece:
     def is_whole(self) -> bool:
         return torch.equal(self.positions, torch.arange(self.count))
 
+    def key(self, axis: int) -> tuple[fx.Node, int, bytes]:
+        return self.source, axis, self.positions.numpy().tobytes()
+
     def at(self, positions: Tensor) -> Piece:
         return Piece(self.source, self.positions[positions], self.count)
 
@@ -81,6 +84,7 @@ class _Composer:
     pieces: dict[tuple[fx.Node, int], tuple[Piece, ...]] = field(default_factory=dict)
     stacks: dict[tuple[fx.Node, int], tuple[fx.Node, ...]] = field(default_factory=dict)
     chains: dict[fx.Node, tuple[tuple[fx.Node, Layout], ...]] = field(default_factory=dict)
+    held: dict[tuple[fx.Node, int, bytes], fx.Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rewriter = Rewriter(self.program)
@@ -117,6 +121,7 @@ class _Composer:
                 axis, positions, _ = moved
                 piece = self._piece(op.operands[0], positions, axis)
                 self.pieces.setdefault((new, axis), (piece,))
+                self.held.setdefault(piece.key(axis), new)
 
     def _piece(self, operand: fx.Node, positions: Tensor, axis: int) -> Piece:
         count = self.program.infos[operand].sizes[axis]
@@ -148,6 +153,8 @@ class _Composer:
         if drops and stacked is not None:
             return stacked[int(positions)]
         pieces = self._resolved([direct], axis)
+        if len(pieces) == 1 and not drops and pieces[0].key(axis) in self.held:
+            return self.held[pieces[0].key(axis)]
         if len(pieces) == 1 and pieces[0].source is direct.source and not pieces[0].is_whole:
             return None
         return self._emit(op, axis, pieces, drops)
@@ -168,12 +175,12 @@ class _Composer:
         for number, piece in enumerate(pieces, 1):
             step = "" if len(pieces) == 1 else f"part{number}"
             parts.append(self._read(op, axis, piece, drops, step))
-        if len(parts) == 1:
-            new = parts[0]
-        else:
-            new = self.rewriter.call(aten.cat.default, (parts, axis), like=op.node)
+        joined = len(parts) > 1
+        new = self.rewriter.call(aten.cat.default, (parts, axis), like=op.node) if joined else parts[0]
         if not drops and not (len(pieces) == 1 and pieces[0].is_whole):
             self.pieces[new, axis] = tuple(pieces)
+        if not drops and len(pieces) == 1:
+            self.held.setdefault(pieces[0].key(axis), new)
         return new
 
     def _read(self, op: Op, axis: int, piece: Piece, drops: bool, step: str) -> fx.Node:

@@ -231,8 +231,8 @@ def _index_put(op: Op, rewriter: Rewriter) -> fx.Node | None:
     return _put(op, rewriter, axis, chosen, op.args["values"]) if len(set(chosen)) == len(chosen) else None
 
 
-def _same_kind(op: Op, source: object) -> bool:
-    info = op.program.infos.get(source)  # type: ignore[arg-type]
+def _same_kind(op: Op, source: fx.Node) -> bool:
+    info = op.program.infos.get(source)
     return info is not None and op.info is not None and info.dtype == op.info.dtype
 
 

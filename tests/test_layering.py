@@ -20,6 +20,8 @@ LAYERS = (
     "passes.affine",
     "passes.commute",
     "passes.fold_scales",
+    "passes.reorder",
+    "passes.fold_permutations",
     "passes.analyze_channels",
     "passes.absorb_constants",
     "passes.shrink_channels",

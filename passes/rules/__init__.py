@@ -8,6 +8,8 @@ from passes.rules import (
     reduction,
     resample,
     selection,
+    shuffling,
+    strided,
     view,
     window,
 )
@@ -26,6 +28,8 @@ __all__ = [
     "rule",
     "rule_for",
     "selection",
+    "shuffling",
+    "strided",
     "view",
     "window",
 ]
