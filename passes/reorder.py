@@ -50,7 +50,7 @@ class Order:
 
     @property
     def is_permutation(self) -> bool:
-        return torch.unique(self.index).numel() == self.index.numel()
+        return len(set(self.index.tolist())) == self.index.numel()
 
     def equals(self, other: Order | None) -> bool:
         return other is not None and self.axis == other.axis and torch.equal(self.index, other.index)
@@ -120,9 +120,7 @@ def backward(op: Op, order: Order) -> Moved | None:
 
 def is_layer(op: Op) -> bool:
     """Whether the call is a convolution or linear layer with constant weights."""
-    if op.info is None or not (op.target is LINEAR or op.target in CONVOLUTIONS):
-        return False
-    return is_contraction(op)
+    return op.info is not None and op.target in {LINEAR, *CONVOLUTIONS} and is_contraction(op)
 
 
 def _in_operand(op: Op, operand: fx.Node, order: Order) -> Order | None:

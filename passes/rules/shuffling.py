@@ -53,7 +53,12 @@ class Shuffling(Rule):
         x = op.info_of(op.operands[0])
         plain = len(op.operands) == 1 and set(op.node.all_input_nodes) == set(op.operands)
         channels = self.axes(op)
-        return plain and 0 not in x.sizes + op.out.sizes and x.is_static(channels[0]) and op.out.is_static(channels[1])
+        return (
+            plain
+            and 0 not in x.sizes + op.out.sizes
+            and x.is_static(channels[0])
+            and op.out.is_static(channels[1])
+        )
 
     def axes(self, op: Op) -> tuple[int, int]:
         """The channel axis of the operand and of the result."""
@@ -83,7 +88,7 @@ class Shuffling(Rule):
 
     def flat(self, op: Op, facts: Facts) -> Facts:
         """Facts along dynamic positions: runs of equal constants, or of zeros."""
-        x, (before, after) = op.info_of(op.operands[0]), self.axes(op)
+        x, before = op.info_of(op.operands[0]), self.axes(op)[0]
         facts = flatten_facts(facts, range(before + 1, x.rank)).expand((before,), x)
         if not self.keeps_constants(op):
             facts = facts.forget(facts.value != 0)
@@ -91,7 +96,8 @@ class Shuffling(Rule):
         if self.widens:
             value, known = (part.repeat_interleave(self.run_length(op), before) for part in (value, known))
         else:
-            runs = [part.unflatten(before, (-1, self.run_length(op))) for part in (value, known)]
+            shape = [*value.shape[:before], -1, self.run_length(op), *value.shape[before + 1 :]]
+            runs = [part.reshape(shape) for part in (value, known)]
             value = runs[0].select(before + 1, 0)
             known = (runs[1] & (runs[0] == value.unsqueeze(before + 1))).all(before + 1)
         shape = [*value.shape[: before + 1], *([1] * self.spatial_after)]
@@ -108,7 +114,7 @@ class Shuffling(Rule):
         sizes[after] = op.out.sizes[after]
         demand = demand.expand(sizes)
         if self.widens:
-            demand = demand.unflatten(after, (-1, length)).any(after + 1)
+            demand = demand.reshape([*sizes[:after], -1, length, *sizes[after + 1 :]]).any(after + 1)
         else:
             demand = demand.repeat_interleave(length, after)
         return [demand.reshape([*demand.shape[: after + 1], *([1] * (x.rank - before - 1))])]

@@ -65,7 +65,9 @@ class Strided(Rule):
             full = facts[0].expand(self.taken(op), op.info_of(op.operands[0]))
             return Facts(run(op, full.known_value), run(op, full.known)).compress()
         flat = flatten_facts(facts[0], self.taken(op))
-        parts = (self._laid_out(part, self.beside(op), op.out.rank) for part in (flat.known_value, flat.known))
+        parts = (
+            self._laid_out(part, self.beside(op), op.out.rank) for part in (flat.known_value, flat.known)
+        )
         return Facts(*parts)
 
     @staticmethod

@@ -118,7 +118,9 @@ class Case:
 
     def mask(self, info: TensorInfo) -> Tensor:
         """A random mask in stored form: it varies along a random choice of static axes."""
-        stored = [size if self.coin(0.5) and info.is_static(axis) else 1 for axis, size in enumerate(info.sizes)]
+        stored = [
+            size if self.coin(0.5) and info.is_static(axis) else 1 for axis, size in enumerate(info.sizes)
+        ]
         density = float(torch.rand((), generator=self.generator)) if self.coin(0.8) else 1.0
         return torch.rand(stored, generator=self.generator) < density
 

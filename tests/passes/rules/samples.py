@@ -209,11 +209,13 @@ SPECIFIC: dict[Any, Callable[[Any], list[Sample]]] = {
     aten.index.Tensor: lambda op: [call(op, X((2, 8, 3)), [None, torch.tensor([5, 1, 1, 7])])],
     aten.flip.default: lambda op: [call(op, X((2, 5, 3)), [1]), call(op, X((2, 5, 3)), [1, 2])],
     aten.roll.default: lambda op: [
-        call(op, X((2, 5, 3)), [2], [1]), call(op, X((2, 5, 3)), [-1, 4], [-1, 1]), call(op, X((2, 5, 3)), [0, 2], [1, 2]),
+        call(op, X((2, 5, 3)), [2], [1]), call(op, X((2, 5, 3)), [-1, 4], [-1, 1]),
+        call(op, X((2, 5, 3)), [0, 2], [1, 2]),
         call(op, X((2, 5, 3), dynamic=(1,)), [1, -1], [1, 2]), call(op, X((2, 5, 3), dynamic=(0, 1, 2)), [1], [0]),
     ],
     aten.pixel_shuffle.default: lambda op: [
-        call(op, X((2, 8, 3, 2)), 2), call(op, X((9, 2, 2)), 3), call(op, X((2, 3, 4, 1, 1)), 2), call(op, X((1, 3, 2, 2)), 1),
+        call(op, X((2, 8, 3, 2)), 2), call(op, X((9, 2, 2)), 3),
+        call(op, X((2, 3, 4, 1, 1)), 2), call(op, X((1, 3, 2, 2)), 1),
         call(op, X((2, 8, 3, 2), dynamic=(0, 2, 3)), 2), call(op, X((2, 8, 3, 2), dynamic=(3,)), 2),
     ],
     aten.pixel_unshuffle.default: lambda op: [
@@ -221,17 +223,20 @@ SPECIFIC: dict[Any, Callable[[Any], list[Sample]]] = {
         call(op, X((2, 3, 4, 6), dynamic=(0, 2, 3)), 2), call(op, X((2, 3, 4, 6), dynamic=(2,)), 2),
     ],
     aten.im2col.default: lambda op: [
-        call(op, X((2, 3, 4, 5)), [2, 3], [1, 1], [0, 0], [1, 1]), call(op, X((2, 3, 4, 4)), [3, 3], [1, 1], [1, 1], [2, 1]),
+        call(op, X((2, 3, 4, 5)), [2, 3], [1, 1], [0, 0], [1, 1]),
+        call(op, X((2, 3, 4, 4)), [3, 3], [1, 1], [1, 1], [2, 1]),
         call(op, X((2, 3, 4, 5), dynamic=(0, 2, 3)), [2, 3], [1, 1], [0, 0], [1, 1]),
         call(op, X((2, 3, 4, 5), dynamic=(2,)), [2, 3], [1, 1], [1, 1], [1, 1]),
         call(op, X((3, 4, 4)), [2, 2], [2, 2], [0, 1], [1, 1]),
     ],
     aten.col2im.default: lambda op: [
-        call(op, X((2, 12, 4)), [4, 4], [2, 2], [1, 1], [0, 0], [2, 2]), call(op, X((2, 18, 16)), [4, 4], [3, 3], [1, 1], [1, 1], [1, 1]),
+        call(op, X((2, 12, 4)), [4, 4], [2, 2], [1, 1], [0, 0], [2, 2]),
+        call(op, X((2, 18, 16)), [4, 4], [3, 3], [1, 1], [1, 1], [1, 1]),
         call(op, X((8, 9)), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]),
     ],
     aten.unfold.default: lambda op: [
-        call(op, X((2, 7, 3)), 1, 3, 2), call(op, X((2, 7, 3)), -2, 2, 1), call(op, X((2, 4, 3)), 0, 2, 1), call(op, X((5,)), 0, 2, 3),
+        call(op, X((2, 7, 3)), 1, 3, 2), call(op, X((2, 7, 3)), -2, 2, 1),
+        call(op, X((2, 4, 3)), 0, 2, 1), call(op, X((5,)), 0, 2, 3),
         call(op, X((2, 7, 3), dynamic=(0, 1)), 1, 3, 2),
     ],
     aten.diagonal.default: lambda op: [
