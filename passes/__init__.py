@@ -3,6 +3,8 @@
 from passes.absorb_constants import AbsorbConstants
 from passes.analyze_channels import AnalyzeChannels
 from passes.canonicalize import Canonicalize
+from passes.compose_readings import ComposeReadings
+from passes.fold_permutations import FoldPermutations
 from passes.fold_scales import FoldScales
 from passes.ir.cost import CostModel, CountingModel
 from passes.ir.errors import LintError, PassError, UnsupportedError
@@ -23,10 +25,12 @@ def default_pipeline(cost: CostModel | None = None) -> Pipeline:
     rounds = Pipeline(
         (
             FoldScales(),  # first: a scale of zero becomes a zero row or column, which the sweeps see
+            FoldPermutations(),  # a permutation that went into weights couples nothing any more
             AnalyzeChannels(),  # facts, demand and keep sets of this very graph
             AbsorbConstants(),  # needs the keep sets; leaves every removed channel without a reader
             ShrinkChannels(),  # needs both; slices
             Canonicalize(),  # constants that appeared are folded, neutral operations go
+            ComposeReadings(),  # what is read of fewer entries may be read at once
         ),
         name="shrink",
         repeat=True,
@@ -35,6 +39,7 @@ def default_pipeline(cost: CostModel | None = None) -> Pipeline:
         (
             Canonicalize(),  # one dialect for everything after it
             SeparateAxes(),  # channels that are multiplied with a dynamic axis can be numbered only apart from it
+            ComposeReadings(),  # before any keep set: pieces of one value become independent of each other
             rounds,
             AnalyzeChannels(),
             SeparateEdges(
@@ -51,8 +56,10 @@ __all__ = [
     "AbsorbConstants",
     "AnalyzeChannels",
     "Canonicalize",
+    "ComposeReadings",
     "CostModel",
     "CountingModel",
+    "FoldPermutations",
     "FoldScales",
     "Input",
     "LintError",

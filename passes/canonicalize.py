@@ -27,6 +27,7 @@ from passes.ir.analysis import LARGEST_CONSTANT, size_source
 from passes.ir.pipeline import Result
 from passes.ir.program import Op, Program
 from passes.ir.rewriter import Rewriter
+from passes.placements import PLACEMENTS
 from passes.rules.pointwise import CASTS, COPIES
 from passes.spell_pieces import piece, select
 from passes.spell_products import PRODUCTS
@@ -362,6 +363,7 @@ HANDLERS: dict[Any, Handler] = {
     **SPELLINGS,
     **PRODUCTS,
     aten.select.int: select,
+    **PLACEMENTS,
     aten.convolution.default: _convolution,
     aten.conv1d.padding: _convolution_padding,
     aten.conv2d.padding: _convolution_padding,

@@ -44,15 +44,16 @@ class Chain(nn.Module):
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(count))
-        for layer in self.layers:
+        layers = [nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(count)]
+        for layer in layers:
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+        self.layers = nn.ModuleList(layers)
         self.register_buffer(
             "masks", (torch.rand(count, 8, 1, 1) < 0.5).float().index_fill(1, torch.tensor(0), 1.0)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer, mask in zip(self.layers, self.masks, strict=True):
+        for layer, mask in zip(self.layers, self.masks, strict=True):  # type: ignore[arg-type]
             x = torch.relu(layer(x)) * mask
         return x
 
@@ -66,7 +67,7 @@ class Dense(nn.Module):
         self.register_buffer("masks", (torch.rand(count) < 0.5).float())
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer, mask in zip(self.layers, self.masks, strict=True):
+        for layer, mask in zip(self.layers, self.masks, strict=True):  # type: ignore[arg-type]
             x = torch.cat((x, torch.tanh(layer(x)) * mask), 1)
         return x.mean((2, 3))
 

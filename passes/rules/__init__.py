@@ -10,6 +10,8 @@ from passes.rules import (
     reduction,
     resample,
     selection,
+    shuffling,
+    strided,
     view,
     window,
 )
@@ -30,6 +32,8 @@ __all__ = [
     "rule",
     "rule_for",
     "selection",
+    "shuffling",
+    "strided",
     "view",
     "window",
 ]

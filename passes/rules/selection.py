@@ -95,17 +95,26 @@ def _flip(op: Op) -> Reading | None:
 
 
 def _roll(op: Op) -> Reading | None:
-    info = op.info_of(op.operands[0])
-    dims, shifts = (
-        [entry] if isinstance(entry, int) else entry for entry in (op.args["dims"], op.args["shifts"])
-    )
-    axes = [axis % info.rank for axis in dims]
-    if len(set(axes)) < len(dims) or not dims or not all(info.is_static(axis) for axis in axes):
+    info, moves = op.info_of(op.operands[0]), _moves(op)
+    if moves is None:
         return None
-    moved = {
-        axis: torch.arange(info.sizes[axis]).roll(shift) for axis, shift in zip(axes, shifts, strict=True)
-    }
-    return Reading(tuple(AxisRead(axis, moved.get(axis)) for axis in range(info.rank)))
+    axes = []
+    for axis in range(info.rank):
+        static = axis in moves and info.is_static(axis)
+        positions = torch.arange(info.sizes[axis]).roll(moves[axis]) if static else None
+        axes.append(AxisRead(axis, positions, numbered=static or axis not in moves))
+    return Reading(tuple(axes))
+
+
+def _moves(op: Op) -> dict[int, int] | None:
+    """Axis to shift of a roll, where both are plain numbers, one for each axis."""
+    dims, shifts = (
+        [entry] if isinstance(entry, int) else list(entry) for entry in (op.args["dims"], op.args["shifts"])
+    )
+    rank = rank_of(op)
+    moves = {axis % rank: shift for axis, shift in zip(dims, shifts, strict=False)}
+    plain = all(isinstance(shift, int) for shift in shifts)
+    return moves if dims and len(moves) == len(dims) == len(shifts) and plain else None
 
 
 SELECTIONS: dict[object, Description] = {
@@ -158,6 +167,8 @@ def _read_axis(op: Op, rewriter: Rewriter, axis: int, read: AxisRead) -> Call | 
     if read.positions is None:
         if op.target is aten.flip.default:
             return aten.flip.default, ([source],)
+        if op.target is aten.roll.default:
+            return aten.roll.default, ([(_moves(op) or {})[source]], [source])
         return op.target, tuple(rewriter.map(op.node.args[1:]))
     positions = renumbered(rewriter, read_positions(op, rewriter, axis, read), x, source)
     return read_call(op, rewriter, source, positions, rewriter.size(x, source))

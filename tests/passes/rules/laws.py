@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from passes.ir.analysis import Analysis, is_constant
 from passes.ir.keep import KeepSets
 from passes.ir.lattice import Facts, full_mask
-from passes.ir.program import Input, Op, Program
+from passes.ir.program import Input, Op, Program, TensorInfo
 from passes.ir.rewriter import Rewriter
 from passes.rules import OPAQUE, rule_for
 
@@ -22,12 +22,16 @@ TOLERANCE = 1e-12
 
 @dataclass(frozen=True)
 class X:
-    """A variable operand: its shape, dtype and range."""
+    """A variable operand: its shape, dtype and range; along `dynamic` axes other shapes are larger."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float64
     low: float = -2.0
     high: float = 2.0
+    dynamic: tuple[int, ...] = ()
+
+    def scaled(self, factor: int) -> tuple[int, ...]:
+        return tuple(size * (factor if axis in self.dynamic else 1) for axis, size in enumerate(self.shape))
 
     def sample(self, generator: torch.Generator) -> Tensor:
         if self.dtype == torch.bool:
@@ -64,7 +68,7 @@ class Case:
         def place(value: Any) -> Any:
             if isinstance(value, X):
                 name = f"x{len(inputs)}"
-                inputs.append(Input(name, value.dtype, value.shape, value.shape))
+                inputs.append(Input(name, value.dtype, value.shape, value.scaled(2), value.scaled(5)))
                 node = graph.create_node("placeholder", name, (), {}, name=name)
                 self.variables.append((node, value))
                 return node
@@ -96,8 +100,12 @@ class Case:
     def _facts(self, operand: fx.Node) -> Facts:
         if operand.op == "get_attr":
             return Facts.constant(self.constants[str(operand.target)])
+        info = self.op.info_of(operand)
         value = self.base[operand]
-        known = self.mask(value.shape)
+        known = self.mask(info)
+        for axis in range(value.ndim):
+            value = value if info.is_static(axis) else value.narrow(axis, 0, 1)
+        self.base[operand] = value.expand(self.base[operand].shape).clone()
         if self.coin(0.3):  # a flat constant along some axes, as biases leave behind
             for axis in range(value.ndim):
                 if known.shape[axis] == 1 and self.coin(0.7):
@@ -108,9 +116,11 @@ class Case:
             self.base[operand] = torch.zeros_like(self.base[operand])
         return Facts(value, known)
 
-    def mask(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        """A random mask in stored form: it varies along a random choice of axes."""
-        stored = [size if self.coin(0.5) else 1 for size in shape]
+    def mask(self, info: TensorInfo) -> Tensor:
+        """A random mask in stored form: it varies along a random choice of static axes."""
+        stored = [
+            size if self.coin(0.5) and info.is_static(axis) else 1 for axis, size in enumerate(info.sizes)
+        ]
         density = float(torch.rand((), generator=self.generator)) if self.coin(0.8) else 1.0
         return torch.rand(stored, generator=self.generator) < density
 
@@ -147,7 +157,7 @@ def check_forward(case: Case) -> None:
 def check_backward(case: Case) -> None:
     """Law 2: changing a dead entry changes no live result."""
     facts = case.rule.forward(case.op, case.facts).finite()
-    demand = case.mask(case.op.out.sizes) & ~facts.known
+    demand = case.mask(case.op.out) & ~facts.known
     masks = case.rule.backward(case.op, demand, case.facts)
     live: dict[fx.Node, Tensor] = {}
     for operand, mask in zip(case.op.operands, masks, strict=True):
@@ -167,7 +177,7 @@ def check_rewrite(case: Case) -> None:
     facts = case.rule.forward(case.op, case.facts).finite()
     by_name = {node.name: fact for node, fact in zip(case.op.operands, case.facts, strict=True)}
     by_name["y"] = facts
-    demand = case.mask(case.op.out.sizes)
+    demand = case.mask(case.op.out)
     keep = KeepSets(case.program.infos)
     demands = {"y": demand}
     masks = case.rule.backward(case.op, demand & ~facts.known, case.facts)

@@ -269,10 +269,46 @@ SPECIFIC: dict[Any, Callable[[Any], list[Sample]]] = {
         call(op, X((2, 8, 3)), 1, 2, 6), call(op, X((2, 8, 3)), 1, 1, INF, 3), call(op, X((2, 8, 3)), -2, -5, -1),
     ],
     aten.select.int: lambda op: [call(op, X((2, 8, 3)), 1, 3), call(op, X((2, 8, 3)), -1, -1)],
-    aten.index_select.default: lambda op: [call(op, X((2, 8, 3)), 1, torch.tensor([5, 1, 1, 7]))],
+    aten.index_select.default: lambda op: [
+        call(op, X((2, 8, 3)), 1, torch.tensor([5, 1, 1, 7])), call(op, X((2, 8, 3)), -2, torch.randperm(8)),
+    ],
     aten.index.Tensor: lambda op: [call(op, X((2, 8, 3)), [None, torch.tensor([5, 1, 1, 7])])],
     aten.flip.default: lambda op: [call(op, X((2, 5, 3)), [1]), call(op, X((2, 5, 3)), [1, 2])],
-    aten.roll.default: lambda op: [call(op, X((2, 5, 3)), [2], [1])],
+    aten.roll.default: lambda op: [
+        call(op, X((2, 5, 3)), [2], [1]), call(op, X((2, 5, 3)), [-1, 4], [-1, 1]),
+        call(op, X((2, 5, 3)), [0, 2], [1, 2]),
+        call(op, X((2, 5, 3), dynamic=(1,)), [1, -1], [1, 2]), call(op, X((2, 5, 3), dynamic=(0, 1, 2)), [1], [0]),
+    ],
+    aten.pixel_shuffle.default: lambda op: [
+        call(op, X((2, 8, 3, 2)), 2), call(op, X((9, 2, 2)), 3),
+        call(op, X((2, 3, 4, 1, 1)), 2), call(op, X((1, 3, 2, 2)), 1),
+        call(op, X((2, 8, 3, 2), dynamic=(0, 2, 3)), 2), call(op, X((2, 8, 3, 2), dynamic=(3,)), 2),
+    ],
+    aten.pixel_unshuffle.default: lambda op: [
+        call(op, X((2, 3, 4, 6)), 2), call(op, X((2, 3, 3)), 3), call(op, X((2, 2, 3, 2, 2)), 2),
+        call(op, X((2, 3, 4, 6), dynamic=(0, 2, 3)), 2), call(op, X((2, 3, 4, 6), dynamic=(2,)), 2),
+    ],
+    aten.im2col.default: lambda op: [
+        call(op, X((2, 3, 4, 5)), [2, 3], [1, 1], [0, 0], [1, 1]),
+        call(op, X((2, 3, 4, 4)), [3, 3], [1, 1], [1, 1], [2, 1]),
+        call(op, X((2, 3, 4, 5), dynamic=(0, 2, 3)), [2, 3], [1, 1], [0, 0], [1, 1]),
+        call(op, X((2, 3, 4, 5), dynamic=(2,)), [2, 3], [1, 1], [1, 1], [1, 1]),
+        call(op, X((3, 4, 4)), [2, 2], [2, 2], [0, 1], [1, 1]),
+    ],
+    aten.col2im.default: lambda op: [
+        call(op, X((2, 12, 4)), [4, 4], [2, 2], [1, 1], [0, 0], [2, 2]),
+        call(op, X((2, 18, 16)), [4, 4], [3, 3], [1, 1], [1, 1], [1, 1]),
+        call(op, X((8, 9)), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]),
+    ],
+    aten.unfold.default: lambda op: [
+        call(op, X((2, 7, 3)), 1, 3, 2), call(op, X((2, 7, 3)), -2, 2, 1),
+        call(op, X((2, 4, 3)), 0, 2, 1), call(op, X((5,)), 0, 2, 3),
+        call(op, X((2, 7, 3), dynamic=(0, 1)), 1, 3, 2),
+    ],
+    aten.diagonal.default: lambda op: [
+        call(op, X((2, 4, 3))), call(op, X((2, 4, 3)), 1, 1, 2), call(op, X((2, 4, 3)), -1, -1, -2),
+        call(op, X((2, 4, 3), dynamic=(1,)), 0, 1, 2), call(op, X((2, 4, 3), dynamic=(0, 1, 2)), 0, 1, 2),
+    ],
     aten.expand.default: lambda op: [call(op, X((2, 1, 3)), [2, 4, -1]), call(op, X((3, 1)), [2, 3, 5])],
     aten.repeat.default: lambda op: [call(op, X((2, 3)), [1, 2]), call(op, X((2, 3)), [4, 1, 1])],
     aten.flatten.using_ints: lambda op: [call(op, X((2, 3, 4)), 1), call(op, X((2, 3, 4)), 0, 1)],
