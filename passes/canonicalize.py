@@ -6,6 +6,7 @@
 - batch norm in eval mode becomes y = x * scale + shift with scale = gamma / sqrt(var + eps) and
   shift = beta - mean * scale;
 - pooling, extrema and padding have one spelling each (passes/spellings.py);
+- recurrent networks get one call for each level (passes/unstack.py);
 - split, chunk and unbind become slices; every view becomes a reshape, which needs no copy in front of it;
 - x + 0, x * 1 and the like go.
 """
@@ -27,6 +28,7 @@ from passes.ir.program import Op, Program
 from passes.ir.rewriter import Rewriter
 from passes.rules.pointwise import CASTS, COPIES
 from passes.spellings import FIRST_OUTPUTS, SPELLINGS
+from passes.unstack import RECURRENT, last_states, unstack
 
 aten = torch.ops.aten
 
@@ -222,6 +224,7 @@ PIECES: dict[Any, Callable[[Op, Op, Rewriter], fx.Node | None]] = {
     aten.split.Tensor: _split_piece,
     aten.split_with_sizes.default: _split_piece,
     aten.unbind.int: _unbind_piece,
+    **dict.fromkeys(RECURRENT, last_states),
 }
 
 
@@ -380,6 +383,7 @@ HANDLERS: dict[Any, Handler] = {
     aten.batch_norm.default: _plain_batch_norm,
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten.reshape.default), _view),
     operator.getitem: _getitem,
+    **dict.fromkeys(RECURRENT, unstack),
     **SPELLINGS,
     aten.addmm.default: _addmm,
     aten.mm.default: _mm,

@@ -2,24 +2,31 @@
 
 from passes.rules import (
     contraction,
+    creation,
     joining,
+    ordering,
     padding,
     pointwise,
+    recurrent,
     reduction,
     resample,
     selection,
     view,
     window,
 )
-from passes.rules.base import OPAQUE, Rule, registered_rules, rule, rule_for
+from passes.rules.base import OPAQUE, PIECES, Rule, registered_rules, rule, rule_for
 
 __all__ = [
     "OPAQUE",
+    "PIECES",
     "Rule",
     "contraction",
+    "creation",
     "joining",
+    "ordering",
     "padding",
     "pointwise",
+    "recurrent",
     "reduction",
     "registered_rules",
     "resample",
