@@ -83,14 +83,15 @@ class Case:
         graph.create_node("output", "output", (tuple(results),), {})
         dtypes = {name: value.dtype for name, value in self.constants.items()}
         self.program = Program(graph, self.constants, dtypes, tuple(inputs))
-        self.ops: list[Op] = [self.program.op(node) for node in results]
-        self.op = self.ops[0]
+        ops = [self.program.op(node) for node in results]
+        self.ops = [op for op in ops if op.info is not None and rule_for(op) is not OPAQUE]
+        self.op: Op = ops[0]
         self.base = {node: variable.sample(self.generator) for node, variable in self.variables}
         self.facts = [self._facts(operand) for operand in self.op.operands]
 
     @property
     def is_covered(self) -> bool:
-        return all(rule_for(op) is not OPAQUE and op.info is not None for op in self.ops)
+        return bool(self.ops)
 
     def coin(self, probability: float = 0.5) -> bool:
         return float(torch.rand((), generator=self.generator)) < probability
@@ -252,7 +253,11 @@ def _run_rewritten(
             feeds[node.name] = rewriter.slice(values[old], node)
     names = []
     for node in program.output_node.all_input_nodes:
-        if not is_constant(program, node, analysis.facts) and not analysis.keep.is_empty(node):
+        if (
+            node.name in analysis.facts
+            and not is_constant(program, node, analysis.facts)
+            and not analysis.keep.is_empty(node)
+        ):
             op = program.op(node)
             rewriter.env[node] = rule_for(op).rewrite(op, rewriter)
             names.append(node.name)

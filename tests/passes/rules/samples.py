@@ -223,6 +223,23 @@ def recurrent(overload: Any) -> list[Sample]:
     return found
 
 
+def lookup(overload: Any) -> list[Sample]:
+    """Tables with columns of zeros, of one number, and of unlike numbers; indices in range."""
+    table = constant(4, 5)
+    table[:, 0], table[:, 1] = 0.0, 0.7
+    tables = (table, X((4, 5)))
+    if name_of(overload) == "embedding":
+        return [call(overload, held, X(shape, torch.int64)) for held in tables for shape in ((2, 3), (6,))]
+    indices, offsets = X((6,), torch.int64), torch.tensor([0, 2, 2, 5])
+    modes = [(mode, None) for mode in (0, 1, 2)] + [(0, X((6,)))]
+    rest = (False, 1) if str(overload).endswith("padding_idx") else (False,)
+    return [
+        call(overload, held, indices, offsets, False, mode, False, weights, *rest)
+        for held in tables
+        for mode, weights in modes
+    ]
+
+
 def creation(overload: Any) -> list[Sample]:
     name = name_of(overload)
     number = (1.5,) if "full" in name else ()
@@ -296,6 +313,7 @@ FAMILIES: dict[str, Callable[[Any], list[Sample]]] = {
     "recurrent": recurrent,
     "reduction": reduction,
     "creation": creation,
+    "lookup": lookup,
     "ordering": ordering,
     "padding": padding,
     "resample": resampling,
