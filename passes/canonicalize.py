@@ -7,6 +7,7 @@
 - batch norm in eval mode becomes y = x * scale + shift with scale = gamma / sqrt(var + eps) and
   shift = beta - mean * scale;
 - pooling, extrema and padding have one spelling each (passes/spellings.py);
+- recurrent networks get one call for each level (passes/unstack.py);
 - split, chunk and unbind become slices; every view becomes a reshape, which needs no copy in front of it;
 - a piece of a view becomes a view of a piece (passes/spell_pieces.py);
 - x + 0, x * 1 and the like go.
@@ -32,6 +33,7 @@ from passes.rules.pointwise import CASTS, COPIES
 from passes.spell_pieces import piece, select
 from passes.spell_products import PRODUCTS
 from passes.spellings import FIRST_OUTPUTS, SPELLINGS
+from passes.unstack import RECURRENT, last_states, unstack
 
 aten = torch.ops.aten
 
@@ -228,6 +230,7 @@ PIECES: dict[Any, Callable[[Op, Op, Rewriter], fx.Node | None]] = {
     aten.split.Tensor: _split_piece,
     aten.split_with_sizes.default: _split_piece,
     aten.unbind.int: _unbind_piece,
+    **dict.fromkeys(RECURRENT, last_states),
 }
 
 
@@ -360,6 +363,7 @@ HANDLERS: dict[Any, Handler] = {
     aten.batch_norm.default: _plain_batch_norm,
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten.reshape.default), _view),
     operator.getitem: _getitem,
+    **dict.fromkeys(RECURRENT, unstack),
     **SPELLINGS,
     **PRODUCTS,
     aten.select.int: select,

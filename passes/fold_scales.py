@@ -2,7 +2,8 @@
 
 A chain of multiplications, additions and the like by per-channel constants is one affine map y = x * s + t.
 
-- backward, into the producer x = W u + b read by nobody else:  W' = s W,  b' = s b + t;
+- backward, into the producer x = W u + b read by nobody else:  W' = s W,  b' = s b + t;  or into every row of the
+  table of an embedding that nothing else reads;
 - forward, into all consumers W y + b:  W' = W s,  b' = b + W t (the shift only where it adds the same everywhere: no
   zero padding, no stride of a transposed convolution);
 - either way through what commutes with it: relu-like ops and max pooling for s >= 0, averages, sums over positions
@@ -103,13 +104,26 @@ def _contraction(program: Program, node: fx.Node) -> Contraction | None:
     return describe(op) if op.info is not None and is_contraction(op) else None
 
 
+def _produced_axis(program: Program, node: fx.Node) -> int | None:
+    """The channel axis of a call that can take a map of its result; None if it is no such call."""
+    found = _contraction(program, node)
+    if found is not None:
+        return found.axis
+    is_lookup = node.target is aten.embedding.default and program.infos.get(node) is not None
+    if not is_lookup or program.constant(node.args[0]) is None:
+        return None
+    table = node.args[0].target  # type: ignore[union-attr]
+    readers = [other for other in program.nodes if other.op == "get_attr" and other.target == table]
+    return program.infos[node].rank - 1 if len(readers) == 1 else None
+
+
 def _pull(program: Program, node: fx.Node, joint: Affine) -> list[tuple[fx.Node, Affine]] | None:
     """The path from the chain's base back to a producer that can take the map, with the map at each node."""
     path = [(node, joint)]
     while len(node.users) == 1:
-        found = _contraction(program, node)
-        if found is not None:
-            return path if joint.axis in (None, found.axis) else None
+        axis = _produced_axis(program, node)
+        if axis is not None:
+            return path if joint.axis in (None, axis) else None
         if node.op != "call_function" or program.infos.get(node) is None:
             return None
         if node.target is aten.add.Tensor and not joint.has_scale:
@@ -202,6 +216,8 @@ def _carry(new: fx.Node, source: fx.Node | None) -> None:
 def _emit_edited(program: Program, rewriter: Rewriter, node: fx.Node, edits: Edits) -> fx.Node:
     if node not in edits.produce and node not in edits.consume:
         return rewriter.copy(node)
+    if node.target is aten.embedding.default:
+        return _emit_lookup(program, rewriter, node, edits.produce[node])
     this = _contraction(program, node)
     assert this is not None
     weight, bias = this.weight, this.bias
@@ -210,6 +226,18 @@ def _emit_edited(program: Program, rewriter: Rewriter, node: fx.Node, edits: Edi
     if node in edits.produce:
         weight, bias = produced(weight, bias, edits.produce[node])
     return emit(this, rewriter, weight, bias, this.groups)
+
+
+def _emit_lookup(program: Program, rewriter: Rewriter, node: fx.Node, after: Affine) -> fx.Node:
+    """The embedding with every row of its table scaled and shifted."""
+    held, *rest = node.args
+    table = program.constant(held)
+    assert table is not None
+    assert isinstance(held, fx.Node)
+    moved = rewriter.constant(table * after.scale + after.shift, str(held.target), rewriter.dtype_of(held))
+    return rewriter.call(
+        node.target, (moved, *rewriter.map(rest)), rewriter.map(dict(node.kwargs)), like=node
+    )
 
 
 def produced(weight: Tensor, bias: Tensor | None, after: Affine) -> tuple[Tensor, Tensor | None]:

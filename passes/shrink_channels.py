@@ -1,7 +1,8 @@
 """shrink_channels: every value, weight and size cut to its kept channels.
 
 Needs an analysed Program whose removed constants were absorbed (analyze_channels, absorb_constants). Values that are
-wholly known become constants; values of which nothing is kept are not emitted.
+wholly known become constants; values of which nothing is kept are not emitted. A call with several results is emitted
+by the first of its pieces that is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from passes.ir.analysis import Analysis, is_constant
 from passes.ir.pipeline import Result
 from passes.ir.program import Program
 from passes.ir.rewriter import Rewriter
-from passes.rules import rule_for
+from passes.rules import PIECES, rule_for
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,15 @@ def _is_expanded_constant(program: Program, node: fx.Node) -> bool:
 
 
 def _emit(program: Program, analysis: Analysis, rewriter: Rewriter, node: fx.Node) -> None:
+    op = program.op(node)
     if node not in program.infos:
-        if all(_is_available(program, analysis, rewriter, operand) for operand in node.all_input_nodes):
+        if rule_for(op) is not PIECES and all(
+            _is_available(program, analysis, rewriter, operand) for operand in node.all_input_nodes
+        ):
             rewriter.env[node] = rewriter.copy(node)
         return
     if is_constant(program, node, analysis.facts) or analysis.keep.is_empty(node):
         return
-    op = program.op(node)
     rewriter.env[node] = rule_for(op).rewrite(op, rewriter)
 
 

@@ -1,11 +1,12 @@
 """Several spellings of pooling, extrema and padding, each as one operator with one output.
 
-- max_pool*_with_indices becomes max_pool*; max and min, of an axis or of everything, become amax and amin;
+- max_pool*_with_indices becomes max_pool*; max and min, of an axis or of everything, and both results of aminmax
+  become amax and amin;
 - adaptive_max_pool* becomes amax where one position is left, max_pool* where static sizes divide;
 - an average pool with a divisor of its own becomes a plain one times a number (ONNX has no such attribute);
 - pad becomes constant_pad_nd, reflection_pad* or replication_pad*, and nothing where it adds nothing.
 
-A call whose other outputs are used stays as it is.
+Another call whose other outputs are used stays as it is.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ def _extremum(target: Any) -> Piece:
         return rewriter.call(target, (rewriter.value(x), [axis], keepdim), like=op.node)
 
     return piece
+
+
+def _one_extremum(op: Op, source: Op, rewriter: Rewriter) -> fx.Node | None:
+    x, axis, keepdim = (source.args[name] for name in ("self", "dim", "keepdim"))
+    target = (aten.amin.default, aten.amax.default)[op.node.args[1]]  # type: ignore[index]
+    return rewriter.call(target, (rewriter.value(x), [] if axis is None else [axis], keepdim), like=op.node)
 
 
 def _adaptive(target: Any, spatial_rank: int) -> Piece:
@@ -133,6 +140,7 @@ FIRST_OUTPUTS: dict[Any, Piece] = {
     aten.adaptive_max_pool3d.default: _adaptive(aten.max_pool3d.default, 3),
     aten.max.dim: _extremum(aten.amax.default),
     aten.min.dim: _extremum(aten.amin.default),
+    aten.aminmax.default: _one_extremum,
 }
 SPELLINGS: dict[Any, Spelling] = {
     aten.max.default: _whole_extremum(aten.amax.default),

@@ -17,6 +17,7 @@ LAYERS = (
     "passes.spell_products",
     "passes.spell_pieces",
     "passes.placements",
+    "passes.unstack",
     "passes.canonicalize",
     "passes.separate_axes",
     "passes.compose_readings",

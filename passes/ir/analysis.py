@@ -89,7 +89,7 @@ def _evaluate(op: Op, known: Sequence[Facts]) -> Facts | None:
     """The op itself on its operands' constants, where everything is known and static; else None."""
     if not known or not op.out.all_static or not schema.is_deterministic(op.target):
         return None
-    if set(op.node.all_input_nodes) != set(op.operands) or not all(fact.all_known for fact in known):
+    if set(op.source.all_input_nodes) != set(op.operands) or not all(fact.all_known for fact in known):
         return None
     infos = [op.info_of(operand) for operand in op.operands]
     if not all(info.all_static for info in infos):
@@ -100,7 +100,7 @@ def _evaluate(op: Op, known: Sequence[Facts]) -> Facts | None:
         operand: fact.value.expand(info.sizes)
         for operand, fact, info in zip(op.operands, known, infos, strict=True)
     }
-    return Facts.constant(schema.call(op.node, env.__getitem__)).compress()
+    return Facts.constant(op.run(env.__getitem__)).compress()
 
 
 def _numel(info: TensorInfo) -> int:
@@ -167,7 +167,7 @@ def _read_operands(op, needed, facts, rule_for, read) -> None:  # type: ignore[n
     known = [facts[operand.name] for operand in op.operands]
     for operand, mask in zip(op.operands, rule_for(op).backward(op, asked, known), strict=True):
         read(operand, mask)
-    for node in op.node.all_input_nodes:
+    for node in op.source.all_input_nodes:
         if node not in op.program.infos:
             read(node, None)
 

@@ -23,7 +23,7 @@ class KeepSets:
         self._infos = {node.name: info for node, info in infos.items()}
         self._sets: dict[tuple[str, int], Tensor] = {}
         self._reasons: dict[tuple[str, int], list[tuple[str, Tensor]]] = {}
-        self._needed: dict[tuple[str, int], int] = {}
+        self._needed: dict[tuple[str, int], Tensor] = {}
         self.changed = False
 
     def renamed(self, names: Mapping[str, str], infos: Mapping[fx.Node, TensorInfo]) -> KeepSets:
@@ -35,9 +35,9 @@ class KeepSets:
         for (name, axis), reasons in self._reasons.items():
             if name in names:
                 other._reasons[names[name], axis] = reasons
-        for (name, axis), count in self._needed.items():
+        for (name, axis), needed in self._needed.items():
             if name in names:
-                other._needed[names[name], axis] = count
+                other._needed[names[name], axis] = needed
         return other
 
     def start(self, node: fx.Node, needed: Tensor) -> None:
@@ -45,7 +45,7 @@ class KeepSets:
         info = self._infos[node.name]
         for axis in info.static_axes:
             self._sets[node.name, axis] = any_over_others(needed, axis, info.sizes[axis])
-            self._needed[node.name, axis] = int(self._sets[node.name, axis].sum())
+            self._needed[node.name, axis] = self._sets[node.name, axis]
 
     def get(self, node: fx.Node, axis: int) -> Tensor:
         """The keep set along one axis: bool, shape (size of the axis,); all set along a dynamic axis."""
@@ -105,7 +105,13 @@ class KeepSets:
 
     def needed(self, name: str, axis: int) -> int | None:
         """How many indices had to be kept before any coupling; None for a dynamic axis."""
-        return self._needed.get((name, axis))
+        found = self._needed.get((name, axis))
+        return None if found is None else int(found.sum())
+
+    def needed_at(self, node: fx.Node, axis: int) -> Tensor:
+        """The indices that had to be kept before any coupling; bool, (size,), all along a dynamic axis."""
+        found = self._needed.get((node.name, axis))
+        return self.get(node, axis) if found is None else found
 
     def reasons(self, name: str, axis: int) -> list[tuple[str, int]]:
         """Why indices beyond the necessary ones are kept: (reason, how many), in the order they came."""

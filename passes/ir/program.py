@@ -9,7 +9,8 @@ emission.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -250,6 +251,9 @@ def _signature(value: Any, env: Mapping[fx.Node, Any]) -> Any:
 class Op:
     """A call seen by a rule: arguments by name, tensor operands in order, sizes.
 
+    A *piece* is one of several results: `node` is the `getitem` that reads it, at `position`, and everything else
+    describes the call with several results, `source`. For any other call `source` is `node` itself.
+
     `cache` is the rule's own memory for what it derives from the call and its facts; an Op lives as long as its
     Program.
     """
@@ -257,16 +261,22 @@ class Op:
     def __init__(self, program: Program, node: fx.Node) -> None:
         self.program = program
         self.node = node
-        self.target: Any = node.target
+        self.position: int | None = None
+        self.source = node
+        if is_piece(program, node):
+            self.source, self.position = node.args  # type: ignore[assignment]
+        self.target: Any = self.source.target
         self.info = program.infos.get(node)
         self.cache: dict[str, Any] = {}
         self.operands = tuple(
-            operand for operand in _flat_nodes((node.args, dict(node.kwargs))) if operand in program.infos
+            operand
+            for operand in _flat_nodes((self.source.args, dict(self.source.kwargs)))
+            if operand in program.infos
         )
 
     @cached_property
     def args(self) -> dict[str, Any]:
-        return schema.bind(self.node)
+        return schema.bind(self.source)
 
     def arg(self, *names: str) -> Any:
         """The argument with the first of these names that the schema has."""
@@ -279,6 +289,22 @@ class Op:
     def info_of(self, operand: fx.Node) -> TensorInfo:
         return self.program.infos[operand]
 
+    def run(self, value_of: Callable[[fx.Node], Any]) -> Any:
+        """The call's value (a piece's own) with every node among the arguments replaced."""
+        found = schema.call(self.source, value_of)
+        return found if self.position is None else found[self.position]
+
+    @property
+    def pieces(self) -> tuple[fx.Node, ...]:
+        """All pieces of a call with several results that are read, in graph order, or the one result."""
+        return tuple(self.source.users) if self.position is not None else (self.node,)
+
+    @property
+    def is_read_by_pieces(self) -> bool:
+        """Whether this is a call with several results of which each reader takes one."""
+        readers = self.node.users
+        return bool(readers) and all(is_piece(self.program, reader) for reader in readers)
+
     @property
     def out(self) -> TensorInfo:
         assert self.info is not None
@@ -288,6 +314,14 @@ class Op:
         """A non-negative axis number of an operand (of the result by default)."""
         rank = self.out.rank if operand is None else self.info_of(operand).rank
         return axis % max(rank, 1)
+
+
+def is_piece(program: Program, node: fx.Node) -> bool:
+    """Whether a node reads one tensor out of a call with several results."""
+    if node.target is not operator.getitem or node not in program.infos:
+        return False
+    source, position = node.args
+    return isinstance(source, fx.Node) and source not in program.infos and isinstance(position, int)
 
 
 def _flat_nodes(value: Any) -> Iterator[fx.Node]:

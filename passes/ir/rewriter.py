@@ -5,7 +5,8 @@ Without an analysis nothing is sliced, and the Rewriter is a plain graph copier 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, fx
 
 from passes.ir.analysis import Analysis, is_constant, size_source
 from passes.ir.errors import PassError
-from passes.ir.program import Origin, Program
+from passes.ir.program import Op, Origin, Program
 
 aten = torch.ops.aten
 
@@ -49,6 +50,16 @@ class Rewriter:
     def copy(self, node: fx.Node) -> fx.Node:
         """The same call on the new operands."""
         return self.call(node.target, self.map(node.args), self.map(dict(node.kwargs)), like=node)
+
+    def piece(self, op: Op, args: Callable[[], Iterable[Any]] | None = None) -> fx.Node:
+        """One result of a call with several, which is made once for all of them: with `args`, or as it is."""
+        source = op.source
+        if source not in self.env:
+            if args is None:
+                self.env[source] = self.copy(source)
+            else:
+                self.env[source] = self.call(op.target, args(), like=source)
+        return self.call(operator.getitem, (self.env[source], op.position), like=op.node)
 
     def call(
         self,

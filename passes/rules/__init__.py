@@ -3,10 +3,14 @@
 from passes.rules import (
     attention,
     contraction,
+    creation,
     joining,
+    lookup,
+    ordering,
     padding,
     pointwise,
     product,
+    recurrent,
     reduction,
     resample,
     selection,
@@ -15,17 +19,22 @@ from passes.rules import (
     view,
     window,
 )
-from passes.rules.base import OPAQUE, Rule, registered_rules, rule, rule_for
+from passes.rules.base import OPAQUE, PIECES, Rule, registered_rules, rule, rule_for
 
 __all__ = [
     "OPAQUE",
+    "PIECES",
     "Rule",
     "attention",
     "contraction",
+    "creation",
     "joining",
+    "lookup",
+    "ordering",
     "padding",
     "pointwise",
     "product",
+    "recurrent",
     "reduction",
     "registered_rules",
     "resample",

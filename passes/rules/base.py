@@ -50,10 +50,18 @@ class Rule:
 
     def rewrite(self, op: Op, rewriter: Rewriter) -> fx.Node:
         """The call in the new graph, on the kept entries."""
-        return rewriter.copy(op.node)
+        return rewriter.copy(op.node) if op.position is None else rewriter.piece(op)
+
+
+class Pieces(Rule):
+    """A call with several results has nothing to say for itself: each of its pieces has a rule, or the opaque one."""
+
+    def couple(self, op: Op, keep: KeepSets, facts: Sequence[Facts]) -> None:
+        """Leave it to the pieces."""
 
 
 OPAQUE = Rule()
+PIECES = Pieces()
 _RULES: dict[object, Rule] = {}
 
 
@@ -75,8 +83,13 @@ def registered_rules() -> dict[object, Rule]:
 
 
 def rule_for(op: Op) -> Rule:
-    """The rule of a call; the opaque one where none is registered, none applies, or sizes are not known."""
+    """The rule of a call; the opaque one where none is registered, none applies, or sizes are not known.
+
+    A piece has the rule of the call that it is a result of.
+    """
     found = _RULES.get(op.target)
-    if found is None or op.info is None:
+    if op.info is None:
+        return PIECES if op.is_read_by_pieces else OPAQUE
+    if found is None:
         return OPAQUE
     return found if found.applies(op) else OPAQUE

@@ -47,6 +47,10 @@ class Reduction(Rule):
         given = [given] if isinstance(given, int) else given or range(rank)
         return tuple(sorted(axis % rank for axis in given))
 
+    def keeps_axes(self, op: Op) -> bool:
+        """Whether the result has the reduced axes too."""
+        return bool(op.args.get("keepdim"))
+
     def forward(self, op: Op, facts: Sequence[Facts]) -> Facts:
         """Know the results that known entries alone go into."""
         stored = self.usable(op, facts[0]) if facts[0].any_known else facts[0]
@@ -54,7 +58,7 @@ class Reduction(Rule):
             return Facts.unknown(op.out)
         if not self.is_idempotent:
             stored = stored.expand(self.static_axes(op), op.info_of(op.operands[0]))
-        unknown = (~stored.known).any(dim=self.axes(op), keepdim=bool(op.args.get("keepdim")))
+        unknown = (~stored.known).any(dim=self.axes(op), keepdim=self.keeps_axes(op))
         return Facts(run(op, stored.known_value), ~unknown)
 
     def usable(self, op: Op, facts: Facts) -> Facts:
@@ -67,7 +71,7 @@ class Reduction(Rule):
 
     def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
         """Ask for everything that goes into a live result."""
-        if not op.args.get("keepdim"):
+        if not self.keeps_axes(op):
             for axis in self.axes(op):
                 demand = demand.unsqueeze(axis)
         return [demand]
@@ -76,9 +80,7 @@ class Reduction(Rule):
         """Tie the axes that stay; see to it that what is removed along the others can be added again."""
         x, reduced = op.operands[0], self.axes(op)
         rank = op.info_of(x).rank
-        stay = (
-            range(rank) if op.args.get("keepdim") else [axis for axis in range(rank) if axis not in reduced]
-        )
+        stay = range(rank) if self.keeps_axes(op) else [axis for axis in range(rank) if axis not in reduced]
         for position, axis in enumerate(stay):
             if axis not in reduced:
                 keep.tie((x, axis), (op.node, position), f"aligned by {op.node.name}")
@@ -96,7 +98,7 @@ class Reduction(Rule):
         """Reduce what is kept, then add what is not."""
         x = op.operands[0]
         if all(rewriter.index(x, axis) is None for axis in self.axes(op)):
-            return rewriter.copy(op.node)
+            return super().rewrite(op, rewriter)
         kept = rewriter.call(
             op.target,
             rewriter.map(op.node.args),
@@ -197,10 +199,12 @@ class Smallest(Extremum):
 
 
 @rule(
-    aten.var.dim, aten.var.correction, aten.var.default, aten.std.dim, aten.std.correction, aten.std.default
-)
+    aten.var.dim, aten.var.correction, aten.var.default, aten.std.dim, aten.std.correction, aten.std.default,
+    aten.var_mean.dim, aten.var_mean.correction, aten.var_mean.default,
+    aten.std_mean.dim, aten.std_mean.correction, aten.std_mean.default,
+)  # fmt: skip
 class Variance(Reduction):
-    """Variance and standard deviation, with any correction."""
+    """Variance and standard deviation, with any correction, and the mean beside them."""
 
     is_idempotent = False
 

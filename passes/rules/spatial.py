@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.ir import schema
 from passes.ir.axes import any_over, flatten_facts
 from passes.ir.keep import KeepSets
 from passes.ir.lattice import Facts
@@ -68,7 +67,7 @@ class SpatialRule(Rule):
         """Forget what a dynamic axis or an argument computed at run time does not let through."""
         info = op.info_of(op.operands[0])
         for position, axis in enumerate(self.spatial(op)):
-            static = info.is_static(axis) and op.out.is_static(axis) and _has_plain_arguments(op)
+            static = info.is_static(axis) and op.out.is_static(axis) and has_plain_arguments(op)
             if not static:
                 facts = flatten_facts(facts, (axis,))
                 if not self.preserves_constants(op, position):
@@ -120,7 +119,7 @@ class SpatialRule(Rule):
         info = op.info_of(op.operands[0])
         spatial = self.spatial(op)
         count = info.sizes[axis]
-        if not (info.is_static(axis) and op.out.is_static(axis)) or not _has_plain_arguments(op):
+        if not (info.is_static(axis) and op.out.is_static(axis)) or not has_plain_arguments(op):
             return None
         sizes = [info.sizes[other] for other in spatial]
         if count * int(torch.Size(sizes).numel()) > LARGEST_PROBE:
@@ -143,10 +142,10 @@ class SpatialRule(Rule):
 
 def run(op: Op, value: Tensor) -> Tensor:
     """Run the op with the same arguments on another operand."""
-    result: Tensor = schema.call(op.node, {op.operands[0]: value}.__getitem__)
+    result: Tensor = op.run({op.operands[0]: value}.__getitem__)
     return result
 
 
-def _has_plain_arguments(op: Op) -> bool:
+def has_plain_arguments(op: Op) -> bool:
     """Whether no argument beside the operand is computed at run time."""
-    return set(op.node.all_input_nodes) == set(op.operands)
+    return set(op.source.all_input_nodes) == set(op.operands)

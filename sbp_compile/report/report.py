@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -176,12 +177,14 @@ def _explained(name: str, channels: int, kept: int, analyses: Sequence[Analysed]
     return masked, text if kept > channels - masked else ""
 
 
+def _is_opaque(program: Program, node: fx.Node) -> bool:
+    return node in program.infos and rule_for(program.op(node)) is OPAQUE
+
+
 def _opaque_notes(program: Program) -> list[Note]:
     """Return one note for each operator that has no rule, with how often it occurs."""
-    counts: dict[str, int] = {}
-    for node in program.calls():
-        if node in program.infos and rule_for(program.op(node)) is OPAQUE:
-            counts[str(node.target)] = counts.get(str(node.target), 0) + 1
+    calls = {program.op(node).source for node in program.calls() if _is_opaque(program, node)}
+    counts = Counter(str(node.target) for node in program.calls() if node in calls)
     return [
         Note(
             target,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes import Program, default_pipeline
+from sbp_compile.capture.export import quiet_export
 from sbp_compile.capture.program import program_from_export
 
 TOLERANCE = 1e-12
@@ -21,7 +22,9 @@ def capture(module: nn.Module, *inputs: Tensor, dynamic: Dynamic = True) -> Prog
     if isinstance(dynamic, bool):
         batch = torch.export.Dim("batch")
         shapes = tuple({0: batch} for _ in inputs) if dynamic else None
-    return program_from_export(torch.export.export(module.eval(), inputs, dynamic_shapes=shapes))
+    with quiet_export():
+        exported = torch.export.export(module.eval(), inputs, dynamic_shapes=shapes)
+    return program_from_export(exported)
 
 
 def run(program: Program, *inputs: Tensor) -> tuple[object, ...]:

@@ -1,9 +1,10 @@
 """The three laws, for any rule and any sample call.
 
 A sample is a call on variables (`X`) and constants; the laws are tried with random facts, random demand and random keep
-sets. "x" is always an x that agrees with what is known of it.
+sets, on all results of a call that has several. "x" is always an x that agrees with what is known of it.
 """
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,18 +82,20 @@ class Case:
             return value
 
         args = tuple(place(value) for value in sample.args)
-        self.node = graph.create_node("call_function", sample.overload, args, dict(sample.kwargs), name="y")
-        graph.create_node("output", "output", ((self.node,),), {})
+        node = graph.create_node("call_function", sample.overload, args, dict(sample.kwargs), name="y")
+        results = _results(graph, node)
+        graph.create_node("output", "output", (tuple(results),), {})
         dtypes = {name: value.dtype for name, value in self.constants.items()}
         self.program = Program(graph, self.constants, dtypes, tuple(inputs))
-        self.op: Op = self.program.op(self.node)
-        self.rule = rule_for(self.op)
+        ops = [self.program.op(node) for node in results]
+        self.ops = [op for op in ops if op.info is not None and rule_for(op) is not OPAQUE]
+        self.op: Op = ops[0]
         self.base = {node: variable.sample(self.generator) for node, variable in self.variables}
         self.facts = [self._facts(operand) for operand in self.op.operands]
 
     @property
     def is_covered(self) -> bool:
-        return self.rule is not OPAQUE and self.op.info is not None
+        return bool(self.ops)
 
     def coin(self, probability: float = 0.5) -> bool:
         return float(torch.rand((), generator=self.generator)) < probability
@@ -137,94 +140,119 @@ class Case:
         by_node = dict(zip(self.op.operands, self.facts, strict=True))
         return [by_node[node] for node, _ in self.variables]
 
-    def run(self, values: dict[fx.Node, Tensor]) -> Tensor:
+    def run(self, op: Op, values: dict[fx.Node, Tensor]) -> Tensor:
         def get(node: fx.Node) -> Tensor:
             return values[node] if node in values else self.constants[str(node.target)]
 
-        args, kwargs = fx.node.map_arg((self.node.args, dict(self.node.kwargs)), get)
-        return self.node.target(*args, **kwargs)  # type: ignore[no-any-return,operator]
+        return op.run(get)  # type: ignore[no-any-return]
+
+    def forward(self, op: Op) -> Facts:
+        return rule_for(op).forward(op, self.facts).finite()
+
+
+def _results(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
+    """The call, or a reader of each of its results."""
+    count = len(node.target._schema.returns)  # type: ignore[union-attr]
+    if count == 1:
+        return [node]
+    names = (f"y{position}" for position in range(count))
+    return [
+        graph.create_node("call_function", operator.getitem, (node, position), {}, name=name)
+        for position, name in enumerate(names)
+    ]
 
 
 def check_forward(case: Case) -> None:
     """Law 1: an entry claimed known has that value whatever the unknown entries are."""
-    facts = case.rule.forward(case.op, case.facts).finite()
-    for _ in range(3):
-        result = case.run(case.values())
-        known = facts.known.expand(result.shape) & _finite(result)
-        _assert_equal(facts.value.expand(result.shape)[known], result[known], case, "forward claims")
+    for op in case.ops:
+        facts = case.forward(op)
+        for _ in range(3):
+            result = case.run(op, case.values())
+            known = facts.known.expand(result.shape) & _finite(result)
+            _assert_equal(facts.value.expand(result.shape)[known], result[known], op, "forward claims")
 
 
 def check_backward(case: Case) -> None:
     """Law 2: changing a dead entry changes no live result."""
-    facts = case.rule.forward(case.op, case.facts).finite()
-    demand = case.mask(case.op.out) & ~facts.known
-    masks = case.rule.backward(case.op, demand, case.facts)
-    live: dict[fx.Node, Tensor] = {}
-    for operand, mask in zip(case.op.operands, masks, strict=True):
-        live[operand] = live.get(operand, full_mask(case.op.info_of(operand), False)) | mask
-    before = case.run(
-        case.values({node: full_mask(case.op.info_of(node), False) for node, _ in case.variables})
-    )
-    for _ in range(3):
-        dead = {node: ~live[node] for node, _ in case.variables}
-        after = case.run(case.values(dead))
-        asked = demand.expand(before.shape) & _finite(before)
-        _assert_equal(before[asked], after[asked], case, "backward calls dead what changes")
+    for op in case.ops:
+        demand = case.mask(op.out) & ~case.forward(op).known
+        live = {operand: full_mask(op.info_of(operand), False) for operand in op.operands}
+        for operand, mask in zip(op.operands, rule_for(op).backward(op, demand, case.facts), strict=True):
+            live[operand] = live[operand] | mask
+        before = case.run(
+            op, case.values({node: full_mask(op.info_of(node), False) for node, _ in case.variables})
+        )
+        for _ in range(3):
+            after = case.run(op, case.values({node: ~live[node] for node, _ in case.variables}))
+            asked = demand.expand(before.shape) & _finite(before)
+            _assert_equal(before[asked], after[asked], op, "backward calls dead what changes")
 
 
 def check_rewrite(case: Case) -> None:
     """Law 3: the rewritten op on the kept entries of x gives the kept entries of op(x) that are known or live."""
-    facts = case.rule.forward(case.op, case.facts).finite()
-    by_name = {node.name: fact for node, fact in zip(case.op.operands, case.facts, strict=True)}
-    by_name["y"] = facts
-    demand = case.mask(case.op.out)
-    keep = KeepSets(case.program.infos)
-    demands = {"y": demand}
-    masks = case.rule.backward(case.op, demand & ~facts.known, case.facts)
-    for operand, mask in zip(case.op.operands, masks, strict=True):
-        held = demands.get(operand.name, full_mask(case.op.info_of(operand), False))
-        demands[operand.name] = held | mask
-    for node in (*case.op.operands, case.node):
-        keep.start(node, demands[node.name] & ~by_name[node.name].known)
-    if is_constant(case.program, case.node, by_name) or keep.is_empty(case.node):
+    analysis = _analysis(case)
+    by_name, keep = analysis.facts, analysis.keep
+    kept = [op for op in case.ops if not is_constant(case.program, op.node, by_name)]
+    kept = [op for op in kept if not keep.is_empty(op.node)]
+    if not kept:
         return
-    _solve(case, keep)
-    analysis = Analysis(by_name, demands, keep)
-    program = _absorbed(case, analysis)
+    _solve(kept, case, keep)
     values = case.values()
-    wanted = case.run(values)
-    result = _run_rewritten(program, case, analysis, values)
-    mine = demand.expand(wanted.shape) | facts.known.expand(wanted.shape)
-    for axis in case.op.out.static_axes:
-        index = keep.index(case.node, axis)
-        if index is not None:
-            wanted, mine = wanted.index_select(axis, index), mine.index_select(axis, index)
-    assert result.shape == wanted.shape, f"{case.node.target}: have {result.shape}, want {wanted.shape}"
-    mine = mine & _finite(wanted)
-    _assert_equal(wanted[mine], result[mine], case, "rewrite")
+    results = _run_rewritten(_absorbed(case, analysis), case, analysis, values)
+    for op in kept:
+        wanted, result = case.run(op, values), results[op.node.name]
+        mine = (analysis.demand[op.node.name] | by_name[op.node.name].known).expand(wanted.shape)
+        for axis in op.out.static_axes:
+            index = keep.index(op.node, axis)
+            if index is not None:
+                wanted, mine = wanted.index_select(axis, index), mine.index_select(axis, index)
+        assert result.shape == wanted.shape, f"{op.target}: have {result.shape}, want {wanted.shape}"
+        mine = mine & _finite(wanted)
+        _assert_equal(wanted[mine], result[mine], op, "rewrite")
 
 
-def _solve(case: Case, keep: KeepSets) -> None:
+def _analysis(case: Case) -> Analysis:
+    """Facts, random demand, and the keep sets before any coupling."""
+    by_name = {node.name: fact for node, fact in zip(case.op.operands, case.facts, strict=True)}
+    demands = {node.name: full_mask(case.op.info_of(node), False) for node in case.op.operands}
+    for op in case.ops:
+        by_name[op.node.name] = facts = case.forward(op)
+        demands[op.node.name] = demand = case.mask(op.out)
+        masks = rule_for(op).backward(op, demand & ~facts.known, case.facts)
+        for operand, mask in zip(op.operands, masks, strict=True):
+            demands[operand.name] = demands[operand.name] | mask
+    keep = KeepSets(case.program.infos)
+    for node in (*case.op.operands, *(op.node for op in case.ops)):
+        keep.start(node, demands[node.name] & ~by_name[node.name].known)
+    return Analysis(by_name, demands, keep)
+
+
+def _solve(ops: list[Op], case: Case, keep: KeepSets) -> None:
     keep.changed = True
     while keep.changed:
         keep.changed = False
-        case.rule.couple(case.op, keep, case.facts)
+        for op in ops:
+            rule_for(op).couple(op, keep, case.facts)
 
 
 def _absorbed(case: Case, analysis: Analysis) -> Program:
     """Constants of removed channels absorbed first, by the rules that do so."""
-    absorb = getattr(case.rule, "absorb", None)
+    absorb = getattr(rule_for(case.op), "absorb", None)
     if absorb is None:
         return case.program
     rewriter = Rewriter(case.program)
     for node, _ in case.variables:
         rewriter.placeholder(node)
-    rewriter.env[case.node] = absorb(case.op, rewriter, case.facts, analysis.keep) or rewriter.copy(case.node)
+    node = case.op.node
+    rewriter.env[node] = absorb(case.op, rewriter, case.facts, analysis.keep) or rewriter.copy(node)
     rewriter.output()
     return rewriter.finish()
 
 
-def _run_rewritten(program: Program, case: Case, analysis: Analysis, values: dict[fx.Node, Tensor]) -> Tensor:
+def _run_rewritten(
+    program: Program, case: Case, analysis: Analysis, values: dict[fx.Node, Tensor]
+) -> dict[str, Tensor]:
+    """The kept results of the rewritten call, by name."""
     rewriter = Rewriter(program, analysis)
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     feeds = {}
@@ -233,9 +261,18 @@ def _run_rewritten(program: Program, case: Case, analysis: Analysis, values: dic
         if not analysis.keep.is_empty(old):
             rewriter.placeholder(node)
             feeds[node.name] = rewriter.slice(values[old], node)
-    call_node = next(node for node in program.calls())
-    new = rule_for(program.op(call_node)).rewrite(program.op(call_node), rewriter)
-    rewriter.graph.create_node("output", "output", (new,), {})
+    names = []
+    for node in program.output_node.all_input_nodes:
+        if (
+            node.name in analysis.facts
+            and not is_constant(program, node, analysis.facts)
+            and not analysis.keep.is_empty(node)
+        ):
+            op = program.op(node)
+            rewriter.env[node] = rule_for(op).rewrite(op, rewriter)
+            names.append(node.name)
+    results = tuple(new for old, new in rewriter.env.items() if old.name in names)
+    rewriter.graph.create_node("output", "output", (results,), {})
     env: dict[fx.Node, Any] = {}
     for node in rewriter.graph.nodes:
         if node.op == "placeholder":
@@ -245,18 +282,16 @@ def _run_rewritten(program: Program, case: Case, analysis: Analysis, values: dic
         elif node.op == "call_function":
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
             env[node] = node.target(*args, **kwargs)
-        else:
-            return env[node.args[0]]
-    raise AssertionError
+    return dict(zip(names, (env[node] for node in results), strict=True))
 
 
 def _finite(value: Tensor) -> Tensor:
     return torch.isfinite(value) if value.is_floating_point() else torch.ones_like(value, dtype=torch.bool)
 
 
-def _assert_equal(wanted: Tensor, found: Tensor, case: Case, what: str) -> None:
+def _assert_equal(wanted: Tensor, found: Tensor, op: Op, what: str) -> None:
     wanted, found = wanted.to(torch.float64), found.to(torch.float64)
     if wanted.numel():
         scale = max(1.0, float(wanted.abs().max()))
         worst = float((wanted - found).abs().max())
-        assert worst <= TOLERANCE * scale * 10, f"{case.node.format_node()}: {what}: off by {worst:.1e}"
+        assert worst <= TOLERANCE * scale * 10, f"{op.source.format_node()}: {what}: off by {worst:.1e}"

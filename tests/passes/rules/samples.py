@@ -217,14 +217,100 @@ def pooling(overload: Any) -> list[Sample]:
 def reduction(overload: Any) -> list[Sample]:
     name, kind = str(overload).split(".")[1:3]
     x = X((2, 5, 3, 4))
-    if kind == "default" and name in {"mean", "sum", "var", "std"}:
+    if kind == "default" and name in {"mean", "sum", "var", "std", "var_mean", "std_mean"}:
         return [call(overload, x)]
     axes = [([2, 3], True), ([2, 3], False), ([-1], False), ([1], True)]
     if kind == "correction":
         return [call(overload, x, dims, correction=1, keepdim=keepdim) for dims, keepdim in axes]
-    if kind == "dim" and name in {"var", "std"}:
+    if kind == "dim" and name in {"var", "std", "var_mean", "std_mean"}:
         return [call(overload, x, dims, True, keepdim) for dims, keepdim in axes]
     return [call(overload, x, dims, keepdim) for dims, keepdim in axes]
+
+
+def ordering(overload: Any) -> list[Sample]:
+    """An axis put in order, or one entry of it; unlike entries, repeated ones, one axis alone."""
+    name, kind = str(overload).split(".")[1:3]
+    counts: tuple[Any, ...] = {"topk": (2,), "kthvalue": (2,)}.get(name, ())
+    stable: dict[str, Any] = {"stable": True} if kind == "stable" else {}
+    shapes = ((2, 5, 3, 4), 2), ((2, 5, 3, 4), 1), ((3, 7), -1), ((6,), 0)
+    if stable:
+        return [call(overload, X(shape), dim=axis, **stable) for shape, axis in shapes]
+    found = [call(overload, X(shape), *counts, axis) for shape, axis in shapes]
+    return [*found, call(overload, X((2, 5, 3), torch.int64), *counts, 1)]
+
+
+def _recurrent_weights(gates: int, inputs: int, units: int, biases: bool) -> list[Tensor]:
+    """A unit that hears nothing, one that only it hears, one that nobody reads, an input that nobody reads."""
+    found = [constant(gates, units, inputs, zeros=0.2), constant(gates, units, units, zeros=0.4)]
+    found += [constant(gates, units), constant(gates, units) + 1] if biases else []
+    for value in found:
+        value[:, 0] = 0.0
+    found[0][:, :, 1] = 0.0
+    found[0][:, 3], found[1][:, 3] = 0.0, 0.0
+    found[1][:, 3, 0] = 1.0
+    found[1][:, 1:, 2] = 0.0
+    for value in found[2:]:
+        value[:, 3] = 0.0
+    return [value.flatten(0, 1) for value in found]
+
+
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+
+
+def recurrent(overload: Any) -> list[Sample]:
+    """Layers (one and two directions, given states and zeros, with and without biases) or cells, 5 inputs, 4 units."""
+    name = name_of(overload)
+    gates, count = GATES[name.split("_")[0]], 2 if "lstm" in name else 1
+
+    def hx(state: Any) -> Any:
+        return [state] * count if count == 2 else state
+
+    if name.endswith("cell"):
+        weights = [_recurrent_weights(gates, 5, 4, biases) for biases in (True, False)]
+        states = [X((3, 4)) for _ in range(count)]
+        given = states if count == 2 else states[0]
+        return [
+            *(call(overload, X((3, 5)), given, *parameters) for parameters in weights),
+            call(overload, X((3, 5)), hx(torch.zeros(3, 4, dtype=torch.float64)), *weights[0]),
+        ]
+    found = []
+    for biases, both, batch_first in ((True, False, True), (False, False, False), (True, True, False)):
+        parameters = _recurrent_weights(gates, 5, 4, biases)
+        parameters += [value.flip(0) if value.ndim > 1 else value for value in parameters] * both
+        shape = (1 + both, 3, 4)
+        for state in (torch.zeros(shape, dtype=torch.float64), X(shape)):
+            x = X((3, 2, 5) if batch_first else (2, 3, 5))
+            args = (biases, 1, 0.0, False, both, batch_first)
+            states = [state, X(shape) if isinstance(state, X) else state] if count == 2 else state
+            found.append(call(overload, x, states, parameters, *args))
+    return found
+
+
+def lookup(overload: Any) -> list[Sample]:
+    """Tables with columns of zeros, of one number, and of unlike numbers; indices in range."""
+    table = constant(4, 5)
+    table[:, 0], table[:, 1] = 0.0, 0.7
+    tables = (table, X((4, 5)))
+    if name_of(overload) == "embedding":
+        return [call(overload, held, X(shape, torch.int64)) for held in tables for shape in ((2, 3), (6,))]
+    indices, offsets = X((6,), torch.int64), torch.tensor([0, 2, 2, 5])
+    modes = [(mode, None) for mode in (0, 1, 2)] + [(0, X((6,)))]
+    rest = (False, 1) if str(overload).endswith("padding_idx") else (False,)
+    return [
+        call(overload, held, indices, offsets, False, mode, False, weights, *rest)
+        for held in tables
+        for mode, weights in modes
+    ]
+
+
+def creation(overload: Any) -> list[Sample]:
+    name = name_of(overload)
+    number = (1.5,) if "full" in name else ()
+    if name == "scalar_tensor":
+        return [call(overload, 2.0, dtype=torch.float64)]
+    first: Any = X((2, 3)) if name.endswith("like") else [2, 3]
+    args = (X((4,)), first, *number) if name.startswith("new") else (first, *number)
+    return [call(overload, *args, dtype=torch.float64)]
 
 
 def padding(overload: Any) -> list[Sample]:
@@ -328,7 +414,11 @@ FAMILIES: dict[str, Callable[[Any], list[Sample]]] = {
     "product": product,
     "pointwise": pointwise,
     "window": pooling,
+    "recurrent": recurrent,
     "reduction": reduction,
+    "creation": creation,
+    "lookup": lookup,
+    "ordering": ordering,
     "padding": padding,
     "resample": resampling,
 }
