@@ -14,6 +14,7 @@ LAYERS = (
     "passes.ir",
     "passes.rules",
     "passes.spellings",
+    "passes.formulas",
     "passes.canonicalize",
     "passes.affine",
     "passes.commute",
