@@ -7,6 +7,7 @@ from passes.fold_scales import FoldScales
 from passes.ir.errors import LintError, PassError, UnsupportedError
 from passes.ir.pipeline import Note, Pipeline, Result, Step
 from passes.ir.program import Input, Program, TensorInfo
+from passes.merge_normalized import MergeNormalized
 from passes.remove_dead import RemoveDead
 from passes.rules import Rule, registered_rules, rule
 from passes.select_inputs import SelectInputs
@@ -18,6 +19,7 @@ def default_pipeline() -> Pipeline:
     rounds = Pipeline(
         (
             FoldScales(),  # first: a scale of zero becomes a zero row or column, which the sweeps see
+            MergeNormalized(),  # columns become zero, which the sweeps see, too
             AnalyzeChannels(),  # facts, demand and keep sets of this very graph
             AbsorbConstants(),  # needs the keep sets; leaves every removed channel without a reader
             ShrinkChannels(),  # needs both; slices
@@ -45,6 +47,7 @@ __all__ = [
     "FoldScales",
     "Input",
     "LintError",
+    "MergeNormalized",
     "Note",
     "PassError",
     "Pipeline",

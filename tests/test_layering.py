@@ -19,6 +19,7 @@ LAYERS = (
     "passes.affine",
     "passes.commute",
     "passes.fold_scales",
+    "passes.merge_normalized",
     "passes.analyze_channels",
     "passes.absorb_constants",
     "passes.shrink_channels",
