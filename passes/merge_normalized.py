@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -29,7 +28,7 @@ from passes.ir.analysis import forward
 from passes.ir.axes import split_blocks
 from passes.ir.basis import express
 from passes.ir.lattice import Facts, all_over_others
-from passes.ir.pipeline import Result
+from passes.ir.pipeline import Note, Result
 from passes.ir.program import Op, Program
 from passes.ir.rewriter import Rewriter
 from passes.rules import rule_for
@@ -54,15 +53,18 @@ class MergeNormalized:
         facts = forward(program, {node: program.op(node) for node in program.calls()}, rule_for)
         changed: dict[fx.Node, tuple[Contraction, Tensor, Tensor]] = {}
         chosen: dict[int, Tensor] = {}
+        notes: list[Note] = []
         for norm, layers in readers.items():
             op = program.op(norm)
             shares = _shares(op, facts[op.args["input"].name], layers, chosen)
             if shares is not None:
+                count = f"{shares[0].numel()} constant channels through {shares[1].numel()} of them"
+                notes.append(Note(norm.name, f"is read with {count}"))
                 changed.update({layer.op.node: (layer, *_merged(layer, *shares)) for layer in layers})
-        return _rewritten(program, changed) if changed else Result(program, False)
+        return Result(_rewritten(program, changed), True, tuple(notes)) if changed else Result(program, False)
 
 
-def _rewritten(program: Program, changed: dict[fx.Node, tuple[Contraction, Tensor, Tensor]]) -> Result:
+def _rewritten(program: Program, changed: dict[fx.Node, tuple[Contraction, Tensor, Tensor]]) -> Program:
     rewriter = Rewriter(program)
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -73,7 +75,7 @@ def _rewritten(program: Program, changed: dict[fx.Node, tuple[Contraction, Tenso
         elif node.op == "call_function":
             rewriter.env[node] = rewriter.copy(node)
     rewriter.output()
-    return Result(rewriter.finish(), True)
+    return rewriter.finish()
 
 
 def _is_norm(op: Op) -> bool:
@@ -157,7 +159,7 @@ def _shares(
     is_enough = not isinstance(rule_for(op), LayerNorm) or stay <= LARGEST_SHARE * size
     if basis.numel() >= targets.numel() or not is_enough:
         return None
-    chosen[size] = torch.cat([available, basis]).unique()
+    chosen[size] = torch.cat([available, basis[~torch.isin(basis, available)]])
     return targets, basis, coefficients, beta[targets] - coefficients @ beta[basis]
 
 

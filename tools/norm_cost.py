@@ -30,9 +30,9 @@ CONDITIONS = ((1, 1), (1, 64), (16, 64))  # batch, tokens
 HEADER = """\
 # A layer norm over channels of which some are constant
 
-k of n channels depend on the input, the others are 0 for every input (a masked residual stream). Time of the whole norm over
-the time of a form that computes k channels alone, with the statistics of all n; above 1 that form is faster. "block":
-with a linear layer in front and one behind. onnxruntime {onnxruntime}, one thread, {processor}.
+k of n channels depend on the input, the others are 0 for every input (a masked residual stream). Time of the whole
+norm over the time of a form that computes k channels alone, with the statistics of all n; above 1 that form is faster.
+"block": with a linear layer in front and one behind. onnxruntime {onnxruntime}, one thread, {processor}.
 
 Command: `python tools/norm_cost.py --write`
 

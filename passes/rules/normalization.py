@@ -9,7 +9,8 @@ forward: where gamma is 0, y is beta. Where all entries that the statistics are 
     show, nothing is called known.
 backward: one live entry asks for everything that its statistics are taken of.
 couple and rewrite:
-    group norm: a group goes as a whole, with its weights; an instance norm has groups of one channel.
+    group norm: a group goes as a whole, with its weights; an instance norm has groups of one channel. Where few of the
+        channels are read behind it, they are gathered there.
     layer and RMS norm over one axis of n entries: x and y keep the same K, k of them, if that is few enough
         (LARGEST_SHARE); the removed ones R are known, and with S = sum_R c, m = n - k, c' = S / m,
 
@@ -41,7 +42,8 @@ from passes.rules.base import Rule, rule
 
 aten = torch.ops.aten
 
-# A layer norm is written out where at most this share of its entries stays: docs/results/norms.md.
+# A layer norm is written out where at most this share of its entries stays (docs/results/norms.md), and channels are
+# gathered behind a group norm where at most this share is read.
 LARGEST_SHARE = 0.75
 # Rounding of a mean, relative to the largest entry, and what of it may be left in a result of about 1.
 MEAN_ROUNDING = 2.0**-51
@@ -339,10 +341,7 @@ class OverGroups(Normalization):
     def standardized(self, op: Op, x: Facts) -> Facts:
         """Facts of groups that are known; a constant along positions has the mean of one of them."""
         stored = x.expand((1,), op.out)
-        value, known = (
-            part.unflatten(1, (self.groups(op), self.per_group(op)))
-            for part in (stored.known_value, stored.known)
-        )
+        value, known = self._by_group(op, stored.known_value), self._by_group(op, stored.known)
         axes = tuple(range(2, value.ndim))
         result, trusted = standardize(value, axes, op.args["eps"])
         sure = ~any_over(~known, axes) & trusted
@@ -353,21 +352,41 @@ class OverGroups(Normalization):
         mask = any_over(mask, range(2, op.out.rank))
         if mask.shape[1] == 1:
             return mask
-        by_group = mask.unflatten(1, (self.groups(op), self.per_group(op)))
-        return by_group.any(2).repeat_interleave(self.per_group(op), 1)
+        return self._by_group(op, mask).any(2).repeat_interleave(self.per_group(op), 1)
+
+    def _by_group(self, op: Op, stored: Tensor) -> Tensor:
+        """A stored tensor with all channels as (batch, groups, channels of a group, positions)."""
+        return stored.reshape(stored.shape[0], self.groups(op), self.per_group(op), *stored.shape[2:])
 
     def couple(self, op: Op, keep: KeepSets, facts: Sequence[Facts]) -> None:
-        """Keep whole groups of x and y."""
+        """Keep whole groups of x, and all of them of y unless a gather behind the norm pays."""
         x = op.args["input"]
         keep.tie((x, 0), (op.node, 0), f"aligned by {op.node.name}")
         for node in (x, op.node):
             keep.fill(node, f"positions of {op.node.name}", tuple(range(2, op.out.rank)))
-        stay = keep.get(x, 1) | keep.get(op.node, 1)
-        stay = stay.view(self.groups(op), -1).any(1).repeat_interleave(self.per_group(op))
-        for node in (x, op.node):
-            keep.widen(node, 1, stay, f"{op.node.name} takes its statistics over whole groups")
+        stay = (keep.get(x, 1) | keep.get(op.node, 1)).view(self.groups(op), -1).any(1)
+        why = f"{op.node.name} takes its statistics over whole groups"
+        keep.widen(x, 1, stay.repeat_interleave(self.per_group(op)), why)
+        is_gathered = all(user.target is aten.index_select.default for user in op.node.users)
+        if is_gathered or keep.count(op.node, 1) > LARGEST_SHARE * keep.count(x, 1):
+            keep.widen(op.node, 1, keep.get(x, 1), why)
         for vector in self.vectors(op):
-            keep.tie((vector, 0), (op.node, 1), f"aligned by {op.node.name}")
+            keep.tie((vector, 0), (x, 1), f"aligned by {op.node.name}")
+
+    def rewrite(self, op: Op, rewriter: Rewriter) -> fx.Node:
+        """Normalise what is kept of x, and select what is kept of y."""
+        assert rewriter.analysis is not None
+        kept, wanted = (rewriter.analysis.keep.get(node, 1) for node in (op.args["input"], op.node))
+        if torch.equal(kept, wanted):
+            return self.normalized(op, rewriter, "")
+        index = rewriter.constant(wanted[kept].nonzero().flatten(), f"{op.node.name}_channels", torch.int64)
+        whole = self.normalized(op, rewriter, "whole")
+        return rewriter.call(aten.index_select.default, (whole, 1, index), like=op.node)
+
+    def normalized(self, op: Op, rewriter: Rewriter, step: str) -> fx.Node:
+        """Emit the norm of the kept channels of x."""
+        args = rewriter.map(tuple(op.args.values()))
+        return rewriter.call(op.target, args, like=op.node, step=step)
 
 
 @rule(aten.group_norm.default)
@@ -379,11 +398,12 @@ class GroupNorm(OverGroups):
         count: int = op.args["num_groups"]
         return count
 
-    def rewrite(self, op: Op, rewriter: Rewriter) -> fx.Node:
-        """Count the groups that are left."""
-        count = rewriter.size(op.node, 1) // self.per_group(op)
+    def normalized(self, op: Op, rewriter: Rewriter, step: str) -> fx.Node:
+        """Emit the norm of the groups that are left."""
+        count = rewriter.size(op.args["input"], 1) // self.per_group(op)
         x, weight, bias = (rewriter.map(op.args[name]) for name in ("input", "weight", "bias"))
-        return rewriter.call(op.target, (x, count, weight, bias, op.args["eps"]), like=op.node)
+        args = (x, count, weight, bias, op.args["eps"])
+        return rewriter.call(op.target, args, like=op.node, step=step)
 
 
 @rule(aten.instance_norm.default)
