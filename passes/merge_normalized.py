@@ -121,10 +121,7 @@ def _axis_behind(op: Op, axis: int) -> int | None:
     if op.target is aten.permute.default:
         return [position % rank for position in op.args["dims"]].index(axis)
     if op.target is aten.reshape.default:
-        blocks = split_blocks(op.info_of(op.operands[0]), op.out)
-        return next(
-            (block.outs[0] for block in blocks if block.ins == (axis,) and len(block.outs) == 1), None
-        )
+        return _axis_behind_view(op, axis)
     if op.target is aten.slice.Tensor:
         return None if op.args["dim"] % rank == axis else axis
     if op.target is aten.select.int:
@@ -136,6 +133,15 @@ def _axis_behind(op: Op, axis: int) -> int | None:
     else:
         return None
     return None if axis in dropped else axis - sum(other < axis for other in dropped)
+
+
+def _axis_behind_view(op: Op, axis: int) -> int | None:
+    """The axis of a view's result that numbers the channels as they were, beside axes of size 1."""
+    for block in split_blocks(op.info_of(op.operands[0]), op.out):
+        if block.ins == (axis,):
+            outs = [out for out in block.outs if op.out.sizes[out] != 1]
+            return outs[0] if len(outs) == 1 else None
+    return None
 
 
 def _shares(
