@@ -10,6 +10,7 @@ from passes.ir.cost import CostModel, CountingModel
 from passes.ir.errors import LintError, PassError, UnsupportedError
 from passes.ir.pipeline import Note, Pipeline, Result, Step
 from passes.ir.program import Input, Program, TensorInfo
+from passes.merge_normalized import MergeNormalized
 from passes.remove_dead import RemoveDead
 from passes.rules import Rule, registered_rules, rule
 from passes.separate_axes import SeparateAxes
@@ -26,6 +27,7 @@ def default_pipeline(cost: CostModel | None = None) -> Pipeline:
         (
             FoldScales(),  # first: a scale of zero becomes a zero row or column, which the sweeps see
             FoldPermutations(),  # a permutation that went into weights couples nothing any more
+            MergeNormalized(),  # columns become zero, which the sweeps see, too
             AnalyzeChannels(),  # facts, demand and keep sets of this very graph
             AbsorbConstants(),  # needs the keep sets; leaves every removed channel without a reader
             ShrinkChannels(),  # needs both; slices
@@ -63,6 +65,7 @@ __all__ = [
     "FoldScales",
     "Input",
     "LintError",
+    "MergeNormalized",
     "Note",
     "PassError",
     "Pipeline",

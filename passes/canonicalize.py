@@ -4,9 +4,10 @@
 - copies, no-op casts and assertions go; sizes are taken from the network's inputs;
 - every product becomes linear or matmul (passes/spell_products.py); every convolution becomes conv1d, conv2d or
   conv3d, or conv_transpose1d, 2d or 3d;
-- batch norm in eval mode becomes y = x * scale + shift with scale = gamma / sqrt(var + eps) and
-  shift = beta - mean * scale;
-- pooling, extrema and padding have one spelling each (passes/spellings.py);
+- batch norm in eval mode, and instance norm with running statistics, becomes y = x * scale + shift with
+  scale = gamma / sqrt(var + eps) and shift = beta - mean * scale;
+- pooling, extrema and padding have one spelling each (passes/spellings.py), and what can be written as other
+  operators is (passes/formulas.py);
 - recurrent networks get one call for each level (passes/unstack.py);
 - split, chunk and unbind become slices; every view becomes a reshape, which needs no copy in front of it;
 - a piece of a view becomes a view of a piece (passes/spell_pieces.py);
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from passes.formulas import FORMULAS, PARTS
 from passes.ir import schema
 from passes.ir.analysis import LARGEST_CONSTANT, size_source
 from passes.ir.pipeline import Result
@@ -227,6 +229,7 @@ def _unbind_piece(op: Op, unbind: Op, rewriter: Rewriter) -> fx.Node:
 
 PIECES: dict[Any, Callable[[Op, Op, Rewriter], fx.Node | None]] = {
     **FIRST_OUTPUTS,
+    **PARTS,
     aten.split.Tensor: _split_piece,
     aten.split_with_sizes.default: _split_piece,
     aten.unbind.int: _unbind_piece,
@@ -352,6 +355,11 @@ def _plain_batch_norm(op: Op, rewriter: Rewriter) -> fx.Node | None:
     return None if op.args["training"] else _batch_norm(op, rewriter)
 
 
+def _instance_norm(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    """An instance norm with statistics of its own is a batch norm."""
+    return None if op.args["use_input_stats"] else _batch_norm(op, rewriter)
+
+
 READS_MEMORY = (aten.as_strided.default, aten.view.dtype, aten.view_as_complex.default)
 
 HANDLERS: dict[Any, Handler] = {
@@ -361,6 +369,7 @@ HANDLERS: dict[Any, Handler] = {
     aten.sym_size.int: _size,
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
     aten.batch_norm.default: _plain_batch_norm,
+    aten.instance_norm.default: _instance_norm,
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten.reshape.default), _view),
     operator.getitem: _getitem,
     **dict.fromkeys(RECURRENT, unstack),
@@ -368,6 +377,7 @@ HANDLERS: dict[Any, Handler] = {
     **PRODUCTS,
     aten.select.int: select,
     **PLACEMENTS,
+    **FORMULAS,
     aten.convolution.default: _convolution,
     aten.conv1d.padding: _convolution_padding,
     aten.conv2d.padding: _convolution_padding,

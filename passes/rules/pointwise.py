@@ -1,4 +1,4 @@
-"""Elementwise operators, unary and broadcasting: relu, add, mul, where, casts.
+"""Elementwise operators, unary and broadcasting: relu, add, mul, where, masked_fill, prelu, casts.
 
 forward: the op itself runs on the stored facts (they broadcast as the operands do); 0 * unknown is 0.
 backward: an entry of an operand is live where an entry of the result that it is broadcast to is.
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from passes.ir import schema
 from passes.ir.keep import KeepSets
-from passes.ir.lattice import Facts, full_mask, reduce_to
+from passes.ir.lattice import Facts, along, any_over_others, full_mask, reduce_to
 from passes.ir.program import Op
 from passes.rules.base import Rule, rule
 
@@ -35,6 +35,9 @@ SAFE_UNARY = (
     aten.floor.default, aten.ceil.default, aten.round.default, aten.trunc.default, aten.frac.default,
     aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.logical_not.default,
     aten.bitwise_not.default, aten.isnan.default, aten.isinf.default, aten.isfinite.default,
+    aten.clip.default, aten.nan_to_num.default, aten.sgn.default, aten.signbit.default, aten.erfc.default,
+    aten.sinc.default, aten.fix.default, aten.deg2rad.default, aten.rad2deg.default, aten.isneginf.default,
+    aten.isposinf.default, aten.positive.default,
 )  # fmt: skip
 SAFE_BINARY = (
     aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.rsub.Tensor,
@@ -44,6 +47,8 @@ SAFE_BINARY = (
     aten.le.Tensor, aten.le.Scalar, aten.gt.Tensor, aten.gt.Scalar, aten.ge.Tensor, aten.ge.Scalar,
     aten.logical_and.default, aten.logical_or.default, aten.logical_xor.default,
     aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.bitwise_xor.Tensor,
+    aten.lerp.Scalar, aten.lerp.Tensor, aten.fmax.default, aten.fmin.default, aten.hypot.default,
+    aten.logaddexp.default, aten.copysign.Tensor, aten.copysign.Scalar, aten.heaviside.default, aten.clip.Tensor,
 )  # fmt: skip
 # May overflow or leave the domain: an operand of these keeps its original value wherever it is kept.
 UNSAFE = (
@@ -51,7 +56,8 @@ UNSAFE = (
     aten.log10.default, aten.log1p.default, aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default,
     aten.tan.default, aten.sinh.default, aten.cosh.default, aten.asin.default, aten.acos.default,
     aten.acosh.default, aten.atanh.default, aten.erfinv.default, aten.logit.default,
-    aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.atan2.default,
+    aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.atan2.default, aten.special_logit.default,
+    aten.lgamma.default, aten.xlogy.Tensor, aten.float_power.Tensor_Scalar, aten.float_power.Tensor_Tensor,
 )  # fmt: skip
 QUOTIENTS = (
     aten.div.Tensor, aten.div.Tensor_mode, aten.div.Scalar_mode, aten.floor_divide.default,
@@ -138,27 +144,90 @@ class Power(UnsafePointwise):
         return super().backward(op, demand, facts)
 
 
-@rule(aten.where.self)
+WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+MASKED_FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+
+
+@rule(*WHERE, *MASKED_FILL)
 class Where(Pointwise):
-    """A choice; with a known condition only the chosen side counts."""
+    """A choice between "yes" and "no", tensors or numbers; with a known condition only the chosen side counts."""
+
+    def applies(self, op: Op) -> bool:
+        condition = op.info_of(op.args["mask"]) if op.target in MASKED_FILL else op.info_of(op.operands[0])
+        return condition.dtype == torch.bool
+
+    def roles(self, op: Op) -> list[str]:
+        """What each tensor operand is."""
+        order = ("no", "condition", "yes") if op.target in MASKED_FILL else ("condition", "yes", "no")
+        return [
+            role for role, value in zip(order, op.args.values(), strict=True) if value in op.program.infos
+        ]
 
     def known(self, op: Op, facts: Sequence[Facts]) -> Tensor:
-        condition, yes, no = facts
-        rank = op.out.rank
-        both = _all([_aligned(fact.known, rank) for fact in facts])
-        first = _all([_aligned(condition.known & condition.value, rank), _aligned(yes.known, rank)])
-        second = _all([_aligned(condition.known & ~condition.value, rank), _aligned(no.known, rank)])
-        return both | first | second
+        found = dict(zip(self.roles(op), facts, strict=True))
+        number = full_mask(op.out, True)
+        yes, no = (
+            _aligned(found[role].known, op.out.rank) if role in found else number for role in ("yes", "no")
+        )
+        always, never = _decided(op, found["condition"])
+        both = _all([_aligned(found["condition"].known, op.out.rank), yes, no])
+        return both | (always & yes) | (never & no)
 
     def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
-        condition = facts[0]
-        rank = op.out.rank
-        never = _aligned(condition.known & ~condition.value, rank)
-        always = _aligned(condition.known & condition.value, rank)
-        masks = (demand & ~(never | always), demand & ~never, demand & ~always)
+        roles = self.roles(op)
+        always, never = _decided(op, facts[roles.index("condition")])
+        masks = {"condition": demand & ~(never | always), "yes": demand & ~never, "no": demand & ~always}
         return [
-            reduce_to(mask, op.info_of(operand)) for mask, operand in zip(masks, op.operands, strict=True)
+            reduce_to(masks[role], op.info_of(operand))
+            for role, operand in zip(roles, op.operands, strict=True)
         ]
+
+
+def _decided(op: Op, condition: Facts) -> tuple[Tensor, Tensor]:
+    """Where a condition is known to be true, and where it is known to be false; with the result's rank."""
+    return (
+        _aligned(condition.known & condition.value, op.out.rank),
+        _aligned(condition.known & ~condition.value, op.out.rank),
+    )
+
+
+@rule(aten.prelu.default)
+class Prelu(Pointwise):
+    """max(x, 0) + a min(x, 0), with one slope or one for each index of axis 1."""
+
+    def applies(self, op: Op) -> bool:
+        info, slope = op.info_of(op.operands[0]), op.info_of(op.operands[1])
+        return slope.all_static and (
+            slope.sizes in {(), (1,)} or (info.rank > 1 and slope.sizes == info.sizes[1:2])
+        )
+
+    def forward(self, op: Op, facts: Sequence[Facts]) -> Facts:
+        x, slope = facts
+        if not x.any_known or not slope.any_known:
+            return Facts.unknown(op.out)
+        known = slope.known.reshape(-1)
+        if self.is_per_channel(op):
+            x, known = x.expand((1,), op.out), along(known, 1, op.out.rank)
+        value = slope.value.expand(op.info_of(op.operands[1]).sizes)
+        return Facts(torch.prelu(x.known_value, value), x.known & known).compress()
+
+    def is_per_channel(self, op: Op) -> bool:
+        """Whether the slopes lie along axis 1."""
+        return op.info_of(op.operands[1]).sizes not in {(), (1,)}
+
+    def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
+        info = op.info_of(op.operands[1])
+        if self.is_per_channel(op):
+            return [demand, any_over_others(demand, 1, info.sizes[0])]
+        return [demand, full_mask(info, bool(demand.any()))]
+
+    def couple(self, op: Op, keep: KeepSets, facts: Sequence[Facts]) -> None:
+        x, slope = op.operands
+        couple_broadcast(op, x, keep)
+        if self.is_per_channel(op):
+            keep.tie((slope, 0), (op.node, 1), f"aligned by {op.node.name}")
+        else:
+            keep.fill(slope, "broadcast")
 
 
 def couple_broadcast(op: Op, operand: fx.Node, keep: KeepSets) -> None:

@@ -1,4 +1,4 @@
-"""Reductions over some axes: mean, sum, largest and smallest entry, variance and standard deviation.
+"""Reductions over some axes: mean, sum, product, extrema, any, all, logsumexp, norms, variance, argmax.
 
 forward: a result is known where all entries that go into it are. The op itself runs on the stored facts, laid
     out at full size along reduced axes if repeating an entry changes the result. Over a dynamic axis a mean
@@ -6,9 +6,11 @@ forward: a result is known where all entries that go into it are. The op itself 
 backward: an entry is live if the result that it goes into is.
 couple: the axes that stay keep equal indices. Along reduced axes known indices may go, but for one.
 rewrite: with K the op on the removed entries alone, and n' of n entries kept,
-    sum = sum' + K,   mean = mean' n'/n + K,   max = maximum(max', K).
+    sum = sum' + K,   mean = mean' n'/n + K,   max = maximum(max', K),   prod = prod' K,   any = any' or K,
+    logsumexp = logaddexp(logsumexp', K),   |x|_1 = |x'|_1 + K,   |x|_2 = sqrt(|x'|_2^2 + K^2).
 
-A variance keeps its reduced axes whole. A sum over a dynamic axis lets zeros go alone, for K is not a constant then.
+A variance and an argmax keep their reduced axes whole. A sum over a dynamic axis lets zeros go alone, for K is not a
+constant then. One zero makes a product known, one true entry `any`, one false entry `all`.
 """
 
 from __future__ import annotations
@@ -124,11 +126,13 @@ class Reduction(Rule):
         raise NotImplementedError
 
 
-def _with_constant(op: Op, rewriter: Rewriter, target: Any, first: fx.Node, constant: Tensor) -> fx.Node:
-    """Emit a binary call in the place of the op."""
+def _with_constant(
+    op: Op, rewriter: Rewriter, target: Any, first: fx.Node, constant: Tensor, step: str = ""
+) -> fx.Node:
+    """Emit a binary call in the place of the op, or as a step on the way to it."""
     dtype = op.node.meta.get("dtype", op.out.dtype)
     second = rewriter.constant(constant, f"{op.node.name}_removed", dtype)
-    return rewriter.call(target, (first, second), like=op.node)
+    return rewriter.call(target, (first, second), like=op.node, step=step)
 
 
 @rule(aten.mean.default, aten.mean.dim)
@@ -145,27 +149,148 @@ class Mean(Reduction):
         return _with_constant(op, rewriter, aten.add.Tensor, scaled, removed)
 
 
-@rule(aten.sum.default, aten.sum.dim_IntList)
-class Sum(Reduction):
-    """A sum; over a dynamic axis only zeros count as known."""
+class Accumulation(Reduction):
+    """A reduction that counts how often an entry occurs; over a dynamic axis some numbers alone count as known."""
 
     is_idempotent = False
 
+    def survives(self, op: Op, value: Tensor) -> Tensor:
+        """Mark the values whose reduction does not depend on how often they occur."""
+        return value == 0
+
     def usable(self, op: Op, facts: Facts) -> Facts:
-        """Over a dynamic axis, return the zeros alone."""
+        """Over a dynamic axis, return what does not depend on its size."""
         all_static = len(self.static_axes(op)) == len(self.axes(op))
-        return facts if all_static else facts.forget(facts.value != 0)
+        return facts if all_static else facts.forget(~self.survives(op, facts.value))
 
     def keep_reduced(self, op: Op, axis: int, keep: KeepSets, facts: Facts) -> None:
         """Keep the indices whose constants cannot be added again."""
         super().keep_reduced(op, axis, keep, facts)
         lost = facts.known & ~self.usable(op, facts).known
         mask = any_over_others(lost, axis, op.info_of(op.operands[0]).sizes[axis])
-        keep.widen(op.operands[0], axis, mask, f"added up over a dynamic axis by {op.node.name}")
+        keep.widen(op.operands[0], axis, mask, f"reduced by {op.node.name}, which cannot make up for them")
+
+
+@rule(aten.sum.default, aten.sum.dim_IntList)
+class Sum(Accumulation):
+    """A sum."""
 
     def completed(self, op: Op, rewriter: Rewriter, kept: fx.Node, removed: Tensor) -> fx.Node:
         """Emit sum' + K."""
         return _with_constant(op, rewriter, aten.add.Tensor, kept, removed)
+
+
+@rule(aten.logsumexp.default)
+class LogSumExp(Accumulation):
+    """The logarithm of a sum of exponentials."""
+
+    neutral = -inf
+
+    def survives(self, op: Op, value: Tensor) -> Tensor:
+        """Mark nothing."""
+        return torch.zeros_like(value, dtype=torch.bool)
+
+    def completed(self, op: Op, rewriter: Rewriter, kept: fx.Node, removed: Tensor) -> fx.Node:
+        """Emit logaddexp(logsumexp', K)."""
+        return _with_constant(op, rewriter, aten.logaddexp.default, kept, removed)
+
+
+@rule(aten.linalg_vector_norm.default)
+class VectorNorm(Accumulation):
+    """The p-norm of the entries, p > 0; constants that are not zero go if p is 1, 2 or infinite."""
+
+    def applies(self, op: Op) -> bool:
+        """Whether zeros do not count."""
+        order = op.args["ord"]
+        is_plain = isinstance(order, (int, float)) and op.args["dim"] != []
+        return super().applies(op) and is_plain and order > 0
+
+    def usable(self, op: Op, facts: Facts) -> Facts:
+        """Return what can be added again."""
+        if op.args["ord"] in {1, 2, inf}:
+            return super().usable(op, facts)
+        return facts.forget(facts.value != 0)
+
+    def completed(self, op: Op, rewriter: Rewriter, kept: fx.Node, removed: Tensor) -> fx.Node:
+        """Emit norm' + K, sqrt(norm'^2 + K^2) or maximum(norm', K)."""
+        if not bool((removed != 0).any()):
+            return rewriter.copy(op.node)
+        if op.args["ord"] == 2:
+            square = rewriter.call(aten.mul.Tensor, (kept, kept), like=op.node, step="square")
+            total = _with_constant(op, rewriter, aten.add.Tensor, square, removed * removed, step="total")
+            return rewriter.call(aten.sqrt.default, (total,), like=op.node)
+        target = aten.add.Tensor if op.args["ord"] == 1 else aten.maximum.default
+        return _with_constant(op, rewriter, target, kept, removed)
+
+
+class Decisive(Accumulation):
+    """A reduction that one known `decisive` entry decides."""
+
+    decisive: float
+
+    def forward(self, op: Op, facts: Sequence[Facts]) -> Facts:
+        """Know the results of known entries alone, and those with a decisive one among their entries."""
+        found = super().forward(op, facts)
+        sure = facts[0].known & (facts[0].value == self.decisive)
+        if not bool(sure.any()):
+            return found
+        decided = sure.any(dim=self.axes(op), keepdim=bool(op.args.get("keepdim")))
+        value = torch.full((), self.decisive, dtype=found.value.dtype)
+        return Facts(torch.where(decided, value, found.value), found.known | decided)
+
+
+@rule(aten.prod.default, aten.prod.dim_int)
+class Product(Decisive):
+    """A product."""
+
+    neutral = 1
+    decisive = 0
+
+    def completed(self, op: Op, rewriter: Rewriter, kept: fx.Node, removed: Tensor) -> fx.Node:
+        """Emit prod' K."""
+        return _with_constant(op, rewriter, aten.mul.Tensor, kept, removed)
+
+
+class Quantifier(Decisive):
+    """Whether some or all entries are not zero; booleans alone."""
+
+    is_idempotent = True
+
+    def applies(self, op: Op) -> bool:
+        """Whether the entries are booleans and the axes are named or left out."""
+        return (
+            super().applies(op)
+            and op.info_of(op.operands[0]).dtype == torch.bool
+            and op.args.get("dim") != []
+        )
+
+    def survives(self, op: Op, value: Tensor) -> Tensor:
+        """Mark everything."""
+        return torch.ones_like(value)
+
+
+@rule(aten.any.default, aten.any.dim, aten.any.dims)
+class Some(Quantifier):
+    """Whether some entry is true."""
+
+    neutral = False
+    decisive = True
+
+    def completed(self, op: Op, rewriter: Rewriter, kept: fx.Node, removed: Tensor) -> fx.Node:
+        """Emit any' or K."""
+        return _with_constant(op, rewriter, aten.logical_or.default, kept, removed)
+
+
+@rule(aten.all.default, aten.all.dim, aten.all.dims)
+class Every(Quantifier):
+    """Whether all entries are true."""
+
+    neutral = True
+    decisive = False
+
+    def completed(self, op: Op, rewriter: Rewriter, kept: fx.Node, removed: Tensor) -> fx.Node:
+        """Emit all' and K."""
+        return _with_constant(op, rewriter, aten.logical_and.default, kept, removed)
 
 
 class Extremum(Reduction):
@@ -198,13 +323,8 @@ class Smallest(Extremum):
         return _with_constant(op, rewriter, aten.minimum.default, kept, removed)
 
 
-@rule(
-    aten.var.dim, aten.var.correction, aten.var.default, aten.std.dim, aten.std.correction, aten.std.default,
-    aten.var_mean.dim, aten.var_mean.correction, aten.var_mean.default,
-    aten.std_mean.dim, aten.std_mean.correction, aten.std_mean.default,
-)  # fmt: skip
-class Variance(Reduction):
-    """Variance and standard deviation, with any correction, and the mean beside them."""
+class Whole(Reduction):
+    """A reduction that keeps its reduced axes whole and knows nothing over a dynamic one."""
 
     is_idempotent = False
 
@@ -216,3 +336,17 @@ class Variance(Reduction):
     def keep_reduced(self, op: Op, axis: int, keep: KeepSets, facts: Facts) -> None:
         """Keep everything."""
         keep.fill(op.operands[0], f"reduced by {op.node.name}", (axis,))
+
+
+@rule(
+    aten.var.dim, aten.var.correction, aten.var.default, aten.std.dim, aten.std.correction, aten.std.default,
+    aten.var_mean.dim, aten.var_mean.correction, aten.var_mean.default,
+    aten.std_mean.dim, aten.std_mean.correction, aten.std_mean.default,
+)  # fmt: skip
+class Variance(Whole):
+    """Variance and standard deviation, with any correction, and the mean beside them."""
+
+
+@rule(aten.argmax.default, aten.argmin.default)
+class Position(Whole):
+    """Where the largest or the smallest entry is; its number counts all entries."""

@@ -90,6 +90,8 @@ def _call(graph: fx.Graph, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> 
             f"{node.name} ({node.target}) reads the memory of a tensor that is not contiguous, so its result "
             "depends on how that tensor was computed; call contiguous() in front of it"
         )
+    if node.target is aten.rms_norm.default and schema.bind(node)["eps"] is None:
+        args, kwargs = args[:3], {**kwargs, "eps": _smallest_step(node)}
     made = _takes_default_dtype(node)
     call = graph.create_node(
         "call_function", node.target, args, kwargs, name=f"{node.name}_made" if made else node.name
@@ -100,6 +102,12 @@ def _call(graph: fx.Graph, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> 
         )
     call.meta = _meta(node)
     return call
+
+
+def _smallest_step(node: fx.Node) -> float:
+    """Return the eps that an RMS norm without one takes: that of the dtype it computes in."""
+    dtype = node.meta["val"].dtype
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
 def _takes_default_dtype(node: fx.Node) -> bool:

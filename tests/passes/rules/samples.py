@@ -1,5 +1,6 @@
 """Sample calls for every overload in the registry."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,10 +35,11 @@ DOMAIN = {
     "log": (0.5, 2.0), "log2": (0.5, 2.0), "log10": (0.5, 2.0), "log1p": (-0.5, 2.0), "sqrt": (0.1, 2.0),
     "rsqrt": (0.1, 2.0), "reciprocal": (0.1, 2.0), "acosh": (1.1, 3.0), "asin": (-0.9, 0.9), "acos": (-0.9, 0.9),
     "atanh": (-0.9, 0.9), "erfinv": (-0.9, 0.9), "logit": (0.1, 0.9), "tan": (-1.0, 1.0),
+    "special_logit": (0.1, 0.9), "lgamma": (0.5, 3.0),
 }  # fmt: skip
 EXTRA = {
     "threshold": (0.1, 0.3), "clamp": (-0.5, 0.5), "clamp_min": (-0.5,), "clamp_max": (0.5,),
-    "to": (torch.float32,), "pow": (2.0,),
+    "to": (torch.float32,), "pow": (2.0,), "clip": (-0.5, 0.5),
 }  # fmt: skip
 BOOLEAN = {
     "logical_not",
@@ -65,6 +67,19 @@ def pointwise(overload: Any) -> list[Sample]:
     def x(*shape: int) -> X:
         return X(shape, dtype, low, high)
 
+    if name == "masked_fill" or (name == "where" and kind != "self"):
+        return choices(overload, kind)
+    if name == "prelu":
+        return [
+            call(overload, X((2, 5, 3)), constant(5)),
+            call(overload, X((2, 5)), X((5,))),
+            call(overload, X((2, 5, 3)), constant(1, zeros=0.0)),
+            call(overload, X((4,)), X((1,))),
+            call(overload, X((2, 1, 3)), X((1,))),
+        ]
+    if name == "lerp":
+        weight = 0.3 if kind == "Scalar" else x(5, 1, 1)
+        return [call(overload, x(2, 5, 3, 4), end, weight) for end in (constant(5, 3, 4), x(2, 5, 1, 1))]
     if name == "where":
         condition = torch.rand(1, 5, 1, 1) < 0.5
         return [
@@ -80,14 +95,14 @@ def pointwise(overload: Any) -> list[Sample]:
         )
     if kind in {"Tensor", "Tensor_Tensor", "Tensor_mode"} or name in TWO_TENSORS:
         extra = {"rounding_mode": "floor"} if "mode" in kind else {}
-        base = X((2, 5, 3, 4), dtype, 0.5, 2.0) if name == "pow" else x(2, 5, 3, 4)
+        base = X((2, 5, 3, 4), dtype, 0.5, 2.0) if name in {"pow", "float_power"} else x(2, 5, 3, 4)
         other = (
             torch.rand(5, 1, 1) < 0.5 if dtype == torch.bool else constant(5, 1, 1, positive=name in PARTIAL)
         )
         second = X((2, 5, 1, 1), dtype, 0.5, 2.0) if name in PARTIAL else x(2, 5, 1, 1)
         third = X((2, 5, 3, 4), dtype, 0.5, 2.0) if name in PARTIAL else x(2, 5, 3, 4)
         pairs = [(base, other), (base, second), (base, third)]
-        if name == "clamp":
+        if name in {"clamp", "clip"}:
             return [call(overload, base, other, None), call(overload, base, None, second)]
         return [call(overload, *pair, **extra) for pair in pairs]
     if name == "_to_copy":
@@ -95,8 +110,23 @@ def pointwise(overload: Any) -> list[Sample]:
     return [call(overload, x(*shape), *EXTRA.get(name, ())) for shape in SHAPES]
 
 
-TWO_TENSORS = BOOLEAN - {"logical_not", "bitwise_not"} | {"maximum", "minimum", "atan2", "floor_divide"}
-PARTIAL = {"div", "pow", "fmod", "remainder", "floor_divide", "atan2"}
+TWO_TENSORS = BOOLEAN - {"logical_not", "bitwise_not"} | {
+    "maximum", "minimum", "atan2", "floor_divide", "fmax", "fmin", "hypot", "logaddexp", "heaviside",
+}  # fmt: skip
+PARTIAL = {"div", "pow", "float_power", "fmod", "remainder", "floor_divide", "atan2", "xlogy"}
+
+
+def choices(overload: Any, kind: str) -> list[Sample]:
+    """masked_fill and where with numbers: conditions that vary, are constant or broadcast."""
+    x, condition = X((2, 5, 3, 4)), X((2, 5, 3, 4), torch.bool)
+    known = torch.rand(5, 1, 1, generator=torch.Generator().manual_seed(0)) < 0.5
+    if "masked_fill" in str(overload):
+        values = (1.5, -math.inf) if kind == "Scalar" else (X(()), torch.tensor(0.5, dtype=torch.float64))
+        return [call(overload, x, mask, value) for mask in (condition, known) for value in values]
+    if kind == "Scalar":
+        return [call(overload, condition, 1.5, 0.0), call(overload, known, 2.0, 0.5)]
+    order = 1 if kind == "ScalarOther" else -1
+    return [call(overload, mask, *(x, 1.5)[::order]) for mask in (condition, known)]
 
 
 def convolution(overload: Any, rank: int) -> list[Sample]:
@@ -216,9 +246,17 @@ def pooling(overload: Any) -> list[Sample]:
 
 def reduction(overload: Any) -> list[Sample]:
     name, kind = str(overload).split(".")[1:3]
-    x = X((2, 5, 3, 4))
-    if kind == "default" and name in {"mean", "sum", "var", "std", "var_mean", "std_mean"}:
+    x = X((2, 5, 3, 4), torch.bool if name in {"any", "all"} else torch.float64)
+    whole = {"mean", "sum", "var", "std", "prod", "any", "all", "var_mean", "std_mean"}
+    if kind == "default" and name in whole:
         return [call(overload, x)]
+    if name == "linalg_vector_norm":
+        orders = [call(overload, x, order, [1], True) for order in (1, 2, 3.5, math.inf)]
+        return [*orders, call(overload, x), call(overload, x, 2, [2, 3]), call(overload, x, 1, [-1])]
+    if name in {"argmax", "argmin"}:
+        return [call(overload, x), call(overload, x, 1), call(overload, x, -1, True)]
+    if kind == "dim_int" or (kind == "dim" and name in {"any", "all"}):
+        return [call(overload, x, axis, keepdim) for axis, keepdim in ((1, True), (-1, False), (0, False))]
     axes = [([2, 3], True), ([2, 3], False), ([-1], False), ([1], True)]
     if kind == "correction":
         return [call(overload, x, dims, correction=1, keepdim=keepdim) for dims, keepdim in axes]
@@ -303,16 +341,6 @@ def lookup(overload: Any) -> list[Sample]:
     ]
 
 
-def creation(overload: Any) -> list[Sample]:
-    name = name_of(overload)
-    number = (1.5,) if "full" in name else ()
-    if name == "scalar_tensor":
-        return [call(overload, 2.0, dtype=torch.float64)]
-    first: Any = X((2, 3)) if name.endswith("like") else [2, 3]
-    args = (X((4,)), first, *number) if name.startswith("new") else (first, *number)
-    return [call(overload, *args, dtype=torch.float64)]
-
-
 def padding(overload: Any) -> list[Sample]:
     name = name_of(overload)
     if name == "constant_pad_nd":
@@ -329,6 +357,61 @@ def padding(overload: Any) -> list[Sample]:
         ]
     rank = next(number for number in (1, 2, 3) if f"{number}d" in name)
     return [call(overload, X((2, 5, *(4, 5, 4)[:rank])), [1, 2] * rank)]
+
+
+def normalization(overload: Any) -> list[Sample]:
+    """Norms over one and several axes, with and without weight and bias, constant or computed; groups of one."""
+    name = name_of(overload)
+    ones = constant(8, zeros=0.0)
+    if name == "rms_norm":
+        return [
+            call(overload, X((2, 3, 8)), [8], constant(8), 1e-5),
+            call(overload, X((2, 8)), [8], None, 0.1),
+            call(overload, X((8,)), [8], ones, 1e-5),
+            call(overload, X((2, 3, 8)), [8], X((8,)), 1e-5),
+            call(overload, X((2, 3, 4)), [3, 4], constant(3, 4), 1e-5),
+            call(overload, X((2, 3, 8)), [8], constant(8)),
+        ]
+    if name == "layer_norm":
+        return [
+            call(overload, X((2, 3, 8)), [8], constant(8), constant(8), 1e-5),
+            call(overload, X((2, 3, 8)), [8], ones, None, 1e-5),
+            call(overload, X((2, 8)), [8]),
+            call(overload, X((8,)), [8], None, constant(8)),
+            call(overload, X((2, 3, 8)), [8], X((8,)), X((8,)), 0.1),
+            call(overload, X((2, 3, 4)), [3, 4], constant(3, 4), constant(3, 4)),
+            call(overload, X((2, 3, 1)), [1]),
+        ]
+    shapes = ((2, 6, 3, 4), (2, 6, 5), (3, 6))
+    vectors = ((constant(6), constant(6)), (None, None), (X((6,)), None), (None, constant(6)))
+    if name == "group_norm":
+        return [
+            call(overload, X(shape), groups, *pair, 1e-5)
+            for shape, pair in zip((*shapes, shapes[0]), vectors, strict=True)
+            for groups in (1, 2, 3, 6)
+        ]
+    rest = (None, None, True, 0.1, 1e-5, False)
+    return [
+        call(overload, X(shape), *pair, *rest)
+        for shape, pair in zip((*shapes[:2], *shapes[:2]), vectors, strict=True)
+    ]
+
+
+def scan(overload: Any) -> list[Sample]:
+    name = name_of(overload)
+    if name in {"tril", "triu"}:
+        return [call(overload, X((2, 4, 5)), diagonal) for diagonal in (0, 2, -1)]
+    extra = (False,) if name.startswith("_") else ()
+    return [call(overload, X(shape), axis, *extra) for shape in ((2, 5, 3), (4,)) for axis in (0, -1)] + [
+        call(overload, X((2, 5, 3, 2)), 1, *extra)
+    ]
+
+
+def filling(overload: Any) -> list[Sample]:
+    name, number = name_of(overload), (1.5,) if "f" in name_of(overload) else ()
+    x = (X((2, 5, 3)),) if "like" in name or "new" in name or name == "fill" else ()
+    sizes = () if "like" in name or name == "fill" else ([2, 5, 3],)
+    return [call(overload, *x, *sizes, *number)]
 
 
 SPECIFIC: dict[Any, Callable[[Any], list[Sample]]] = {
@@ -416,11 +499,13 @@ FAMILIES: dict[str, Callable[[Any], list[Sample]]] = {
     "window": pooling,
     "recurrent": recurrent,
     "reduction": reduction,
-    "creation": creation,
     "lookup": lookup,
     "ordering": ordering,
     "padding": padding,
     "resample": resampling,
+    "normalization": normalization,
+    "scan": scan,
+    "filling": filling,
 }
 
 
