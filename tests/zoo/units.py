@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -148,7 +149,7 @@ class Add(nn.Module):
         self.left = places.noise("both sides of adds", channels, dim)
         self.right = places.noise("both sides of adds", channels, dim)
         self.act = act() if act else nn.Identity()
-        self.out = places.noise("on blocks", channels, dim)
+        self.out = places.noise("after activation" if act else "on blocks", channels, dim)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.out(self.act(self.left(x) + self.right(y)))
@@ -197,6 +198,6 @@ class Perceptron(nn.Sequential):
     """Dense layers through `widths`, the last one linear."""
 
     def __init__(self, places: Places, widths: Sequence[int], act: Callable[[], nn.Module] = nn.ReLU):
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(itertools.pairwise(widths))
         layers = [Dense(places, a, b, act) for a, b in pairs[:-1]]
         super().__init__(*layers, nn.Linear(*pairs[-1]))
