@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from tests.zoo import dense, detection, generative, mobile, plain, residual, segmentation
+from tests.zoo import (
+    audio_video,
+    dense,
+    detection,
+    generative,
+    mobile,
+    plain,
+    recommend,
+    residual,
+    segmentation,
+    sequence,
+)
 from tests.zoo.architecture import Architecture
 from tests.zoo.masking import PLACEMENTS, masked_network
 from tests.zoo.places import Places
 
 __all__ = ["PLACEMENTS", "ZOO", "Architecture", "Places", "masked_network"]
 
-FAMILIES = (plain, residual, mobile, dense, segmentation, detection, generative)
+FAMILIES = (
+    plain,
+    residual,
+    mobile,
+    dense,
+    segmentation,
+    detection,
+    generative,
+    audio_video,
+    sequence,
+    recommend,
+)
 
 ZOO: dict[str, Architecture] = {
     architecture.name: architecture for family in FAMILIES for architecture in family.ARCHITECTURES

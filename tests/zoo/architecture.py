@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tests.zoo.places import Places
 
 BATCH = 2
+Example = Callable[..., tuple[Tensor, ...]]  # optional argument: the batch
 
 
 @dataclass(frozen=True)
@@ -20,33 +21,33 @@ class Architecture:
     name: str
     family: str
     build: Callable[[Places], nn.Module]
-    example: Callable[[], tuple[Tensor, ...]]
+    example: Example
     dynamic_batch: bool = True
 
 
-def floats(*shapes: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:
+def floats(*shapes: tuple[int, ...]) -> Example:
     """One standard normal float32 input for each shape, which is without the batch."""
 
-    def example() -> tuple[Tensor, ...]:
+    def example(batch: int = BATCH) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(7)
-        return tuple(torch.randn(BATCH, *shape, generator=generator) for shape in shapes)
+        return tuple(torch.randn(batch, *shape, generator=generator) for shape in shapes)
 
     return example
 
 
-def tokens(vocabulary: int, *shapes: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:
+def tokens(vocabulary: int, *shapes: tuple[int, ...]) -> Example:
     """One int64 input below `vocabulary` for each shape, which is without the batch."""
 
-    def example() -> tuple[Tensor, ...]:
+    def example(batch: int = BATCH) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(7)
-        return tuple(torch.randint(vocabulary, (BATCH, *shape), generator=generator) for shape in shapes)
+        return tuple(torch.randint(vocabulary, (batch, *shape), generator=generator) for shape in shapes)
 
     return example
 
 
-def mixed(*parts: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+def mixed(*parts: Example) -> Example:
     """The inputs of all parts, one after the other."""
-    return lambda: tuple(tensor for part in parts for tensor in part())
+    return lambda batch=BATCH: tuple(tensor for part in parts for tensor in part(batch))
 
 
 IMAGE = floats((3, 32, 32))

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sbp_compile.nn import noise_layers
-from tests.zoo.architecture import Architecture
+from tests.zoo.architecture import BATCH, Architecture
 from tests.zoo.places import Places, switch_off
 
 PLACEMENTS = ("before norm", "after norm", "hidden", "random")
+CALIBRATION_BATCH = 8
 LEAST_DEVIATION = 1e-3
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
@@ -38,7 +39,9 @@ def masked_network(architecture: Architecture, placement: str, share: float, see
             for layer in noise_layers(network):
                 layer.mu.normal_(-0.3, 0.2)
                 switch_off(layer, _units(len(layer.mu), share))
-            _calibrate(network, architecture.example())
+            _calibrate(
+                network, architecture.example(CALIBRATION_BATCH if architecture.dynamic_batch else BATCH)
+            )
     return network
 
 

@@ -60,7 +60,8 @@ class Unit(nn.Module):
         self.norm = norm_layer(norm, outputs, dims)
         self.after = places.noise("after norm", outputs)
         self.act = act() if act else nn.Identity()
-        self.last = places.noise("after activation", outputs) if act else nn.Identity()
+        width = outputs // 2 if isinstance(self.act, nn.GLU) else outputs
+        self.last = places.noise("after activation", width) if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.act(self.after(self.norm(self.before(self.conv(x)) + self.bias))))
