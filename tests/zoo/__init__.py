@@ -13,6 +13,8 @@ from tests.zoo import (
     residual,
     segmentation,
     sequence,
+    transformer,
+    vision_transformer,
 )
 from tests.zoo.architecture import Architecture
 from tests.zoo.masking import PLACEMENTS, masked_network
@@ -29,6 +31,8 @@ FAMILIES = (
     detection,
     generative,
     audio_video,
+    vision_transformer,
+    transformer,
     sequence,
     recommend,
 )
