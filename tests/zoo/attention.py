@@ -1,4 +1,4 @@
-"""What the zoo's transformers share: attention, its perceptron, and the block of both."""
+"""What the zoo's transformers share: patches, attention, its perceptron, and the block of both."""
 
 from __future__ import annotations
 
@@ -120,3 +120,26 @@ class Block(nn.Module):
             return self.adds[1](x, self.feed(two(x)))
         x = one(self.adds[0](x, self.mixer(x, *context)))
         return two(self.adds[1](x, self.feed(x)))
+
+
+class Patches(nn.Module):
+    """A strided convolution; patches as a sequence, shape (batch, patches, width)."""
+
+    def __init__(self, places: Places, width: int, size: int):
+        super().__init__()
+        self.input = places.noise("on input", 3)
+        self.conv = nn.Conv2d(3, width, size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.input(x)).flatten(2).transpose(1, 2)
+
+
+class MeanHead(nn.Module):
+    """The mean over positions, classified."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.mean(dim=1))

@@ -9,24 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.zoo.architecture import IMAGE, Architecture
-from tests.zoo.attention import Attention, Block, FeedForward, Normed
+from tests.zoo.attention import Attention, Block, FeedForward, MeanHead, Normed, Patches
 from tests.zoo.mobile import InvertedResidual
 from tests.zoo.places import Places
+from tests.zoo.swin import swin
 from tests.zoo.units import Add, Classifier, Dense, Unit
 
 WIDTH, HEADS = 32, 4
-
-
-class Patches(nn.Module):
-    """A strided convolution; patches as a sequence, shape (batch, patches, width)."""
-
-    def __init__(self, places: Places, width: int = WIDTH, size: int = 8):
-        super().__init__()
-        self.input = places.noise("on input", 3)
-        self.conv = nn.Conv2d(3, width, size, size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.input(x)).flatten(2).transpose(1, 2)
 
 
 class ViT(nn.Module):
@@ -35,7 +24,7 @@ class ViT(nn.Module):
     def __init__(self, places: Places, distil: bool = False, direct: bool = False, depth: int = 2):
         super().__init__()
         count = 2 if distil else 1
-        self.patches = Patches(places)
+        self.patches = Patches(places, WIDTH, 8)
         self.extra = nn.ParameterList(nn.Parameter(torch.randn(1, 1, WIDTH)) for _ in range(count))
         self.position = nn.Parameter(torch.randn(1, 16 + count, WIDTH) * 0.5)
         self.blocks = nn.Sequential(
@@ -55,103 +44,6 @@ class ViT(nn.Module):
         return scores[0] if len(scores) == 1 else (scores[0] + scores[1]) / 2
 
 
-def windows(x: Tensor, size: int) -> Tensor:
-    """(batch, height, width, channels) to (batch * windows, size * size, channels)."""
-    batch, height, width, channels = x.shape
-    x = x.view(batch, height // size, size, width // size, size, channels)
-    return x.permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, size * size, channels)
-
-
-def unwindowed(x: Tensor, size: int, height: int, width: int) -> Tensor:
-    """The way back."""
-    x = x.view(-1, height // size, width // size, size, size, x.shape[-1])
-    return x.permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, height, width, x.shape[-1])
-
-
-def relative_index(size: int) -> Tensor:
-    """Which entry of the bias table each pair of a window's positions reads."""
-    grid = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")).flatten(1)
-    offsets = (grid[:, :, None] - grid[:, None, :]).permute(1, 2, 0) + size - 1
-    return offsets[..., 0] * (2 * size - 1) + offsets[..., 1]
-
-
-class WindowAttention(nn.Module):
-    """Swin: attention inside windows, shifted by a roll, with a bias for relative positions."""
-
-    def __init__(self, places: Places, width: int, heads: int, side: int, size: int, shift: int):
-        super().__init__()
-        self.side, self.size, self.shift = side, size, shift
-        self.attention = Attention(places, width, heads)
-        self.table = nn.Parameter(torch.randn((2 * size - 1) ** 2, heads) * 0.3)
-        self.register_buffer("index", relative_index(size))
-        self.register_buffer("mask", self._mask())
-
-    def _mask(self) -> Tensor:
-        """-100 between positions that the shift brought into one window from different regions."""
-        regions = torch.zeros(1, self.side, self.side, 1)
-        if self.shift:
-            bands = (slice(0, -self.size), slice(-self.size, -self.shift), slice(-self.shift, None))
-            for row in range(3):
-                for column in range(3):
-                    regions[:, bands[row], bands[column]] = 3 * row + column
-        regions = windows(regions, self.size).squeeze(-1)
-        return torch.where(regions[:, None, :] == regions[:, :, None], 0.0, -100.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        x = x.view(batch, self.side, self.side, width)
-        if self.shift:
-            x = torch.roll(x, shifts=(-self.shift, -self.shift), dims=(1, 2))
-        parts = windows(x, self.size)
-        area = self.size**2
-        bias = self.table[self.index.view(-1)].view(area, area, -1).permute(2, 0, 1).unsqueeze(0)
-        if self.shift:
-            bias = (bias + self.mask.unsqueeze(1)).repeat(batch, 1, 1, 1)
-        x = unwindowed(self.attention(parts, None, bias), self.size, self.side, self.side)
-        if self.shift:
-            x = torch.roll(x, shifts=(self.shift, self.shift), dims=(1, 2))
-        return x.view(batch, length, width)
-
-
-class PatchMerging(nn.Module):
-    """Four neighbours side by side, a norm, half of the width."""
-
-    def __init__(self, places: Places, width: int, side: int):
-        super().__init__()
-        self.side = side
-        self.norm = Normed(places, 4 * width)
-        self.reduce = nn.Linear(4 * width, 2 * width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, _, width = x.shape
-        x = x.view(batch, self.side, self.side, width)
-        parts = [x[:, row::2, column::2, :] for column in range(2) for row in range(2)]
-        return self.reduce(self.norm(torch.cat(parts, -1).view(batch, -1, 4 * width)))
-
-
-def swin(places: Places) -> nn.Module:
-    def stage(width: int, heads: int, side: int) -> list[nn.Module]:
-        shifts = (0, 2) if side > 4 else (0,)
-        mixers = [WindowAttention(places, width, heads, side, 4, shift) for shift in shifts]
-        return [Block(places, width, mixer, 4 * width) for mixer in mixers]
-
-    return nn.Sequential(
-        Patches(places, 16, 4), Normed(places, 16), *stage(16, 2, 8), PatchMerging(places, 16, 8), *stage(32, 4, 4),
-        Normed(places, 32), MeanHead(32),
-    )  # fmt: skip
-
-
-class MeanHead(nn.Module):
-    """The mean over positions, classified."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x.mean(dim=1))
-
-
 class MixerBlock(nn.Module):
     """A perceptron over patches, then one over channels."""
 
@@ -168,7 +60,7 @@ class MixerBlock(nn.Module):
 
 def mlp_mixer(places: Places) -> nn.Module:
     blocks = [MixerBlock(places, 16, WIDTH) for _ in range(2)]
-    return nn.Sequential(Patches(places), *blocks, Normed(places, WIDTH), MeanHead(WIDTH))
+    return nn.Sequential(Patches(places, WIDTH, 8), *blocks, Normed(places, WIDTH), MeanHead(WIDTH))
 
 
 class GatedBlock(nn.Module):
@@ -190,7 +82,7 @@ class GatedBlock(nn.Module):
 
 def gmlp(places: Places) -> nn.Module:
     blocks = [GatedBlock(places, 16, WIDTH, 48) for _ in range(2)]
-    return nn.Sequential(Patches(places), *blocks, Normed(places, WIDTH), MeanHead(WIDTH))
+    return nn.Sequential(Patches(places, WIDTH, 8), *blocks, Normed(places, WIDTH), MeanHead(WIDTH))
 
 
 class Affine(nn.Module):
@@ -219,7 +111,7 @@ class ResMLPBlock(nn.Module):
 
 def resmlp(places: Places) -> nn.Module:
     blocks = [ResMLPBlock(places, 16, WIDTH) for _ in range(2)]
-    return nn.Sequential(Patches(places), *blocks, Affine(WIDTH), MeanHead(WIDTH))
+    return nn.Sequential(Patches(places, WIDTH, 8), *blocks, Affine(WIDTH), MeanHead(WIDTH))
 
 
 class PoolBlock(nn.Module):
