@@ -25,15 +25,11 @@ def masked_network(architecture: Architecture, placement: str, share: float, see
     """Build the network in eval mode, with a `share` of each noise layer's units off.
 
     Weights are scaled and batch norm's statistics taken layer by layer on the example, with the masks on, so
-    that values stay of order 1 through any depth. Networks without hidden units have "hidden" noise after
-    their activations.
+    that values stay of order 1 through any depth.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = architecture.build(Places(placement, seed))
-        if placement == "hidden" and not noise_layers(network):
-            network = architecture.build(Places("after activation", seed))
-        network.eval()
+        network = with_noise(architecture, placement, seed).eval()
         with torch.no_grad():
             _randomise(network)
             for layer in noise_layers(network):
@@ -42,6 +38,17 @@ def masked_network(architecture: Architecture, placement: str, share: float, see
             _calibrate(
                 network, architecture.example(CALIBRATION_BATCH if architecture.dynamic_batch else BATCH)
             )
+    return network
+
+
+def with_noise(architecture: Architecture, placement: str, seed: int = 0) -> nn.Module:
+    """Build the network as it is before training.
+
+    One without hidden units has "hidden" noise after its activations.
+    """
+    network = architecture.build(Places(placement, seed))
+    if placement == "hidden" and not noise_layers(network):
+        network = architecture.build(Places("after activation", seed))
     return network
 
 
