@@ -13,7 +13,8 @@ from tests.zoo.masking import with_noise
 
 FAMILIES = (
     "VGG", "ResNet (basic)", "ResNet (bottleneck)", "ResNet (preact)", "ResNeXt", "SE-ResNet", "DenseNet",
-    "Inception v1", "Xception", "MobileNet v1", "MobileNet v2", "MobileNet v3", "EfficientNet", "RegNet", "ConvNeXt", "ShuffleNet v1",
+    "Inception v1",
+    "Xception", "MobileNet v1", "MobileNet v2", "MobileNet v3", "EfficientNet", "RegNet", "ConvNeXt", "ShuffleNet v1",
     "ShuffleNet v2", "GhostNet", "DLA", "HRNet", "RepVGG", "Res2Net", "U-Net", "FCN", "DeepLab", "FPN", "YOLO (CSP)",
     "Super-resolution (pixel shuffle)", "Autoencoder", "Audio (M5)", "Video (C3D)", "MLP-Mixer", "ViT", "DeiT", "Swin",
     "BERT", "LSTM", "Two-tower",
