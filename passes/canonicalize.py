@@ -98,13 +98,13 @@ def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 
 def rewrite_calls(program: Program) -> Program:
-    """Apply the table of handlers to every call."""
+    """Apply the table of handlers to every call whose sizes are known, and copy the others."""
     rewriter = Rewriter(program)
     for node in program.graph.nodes:
         if node.op == "placeholder":
             rewriter.placeholder(node)
         elif node.op == "call_function" and node.target not in DROPPED:
-            handler = HANDLERS.get(node.target)
+            handler = None if node in program.unmeasured else HANDLERS.get(node.target)
             result = handler(program.op(node), rewriter) if handler else None
             rewriter.env[node] = rewriter.copy(node) if result is None else result  # type: ignore[assignment]
     rewriter.output()

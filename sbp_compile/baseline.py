@@ -33,7 +33,7 @@ def plain_architecture(program: Program) -> Program:
 
 def _masked_operand(program: Program, node: fx.Node) -> fx.Node | None:
     """Return x where the call is x * mask with zeros in the mask."""
-    if node.target is not aten.mul.Tensor:
+    if node.target is not aten.mul.Tensor or node not in program.infos:
         return None
     first, second = node.args
     for x, other in ((first, second), (second, first)):

@@ -489,3 +489,29 @@ def test_the_same_model_gives_the_same_bytes(suffix: str, tmp_path: Path) -> Non
     for name in ("one", "two"):
         sbp_compile.compile(module, x).save(tmp_path / f"{name}{suffix}")
     assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
+
+
+class DependsOnData(nn.Module):
+    """As many rows as there are positive entries, in between layers and masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.hidden, self.after = nn.Linear(6, 6), nn.Linear(2, 8), nn.Linear(8, 3)
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.register_buffer("mask", (torch.arange(16) % 2).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.hidden(torch.nonzero(self.before(x) > 0).float()) * self.mask[:8]
+        left, right = rows.contiguous().double().float().chunk(2, 1)
+        total = self.after(torch.cat((right, left * 1.0), 1)).sum(0)
+        return self.second(self.first(x) * self.mask) + total
+
+
+def test_where_sizes_depend_on_data_the_rest_still_shrinks(tmp_path: Path) -> None:
+    module, x = DependsOnData(), torch.randn(4, 6)
+    compiled = sbp_compile.compile(module, x)
+    by_name = {layer.name: layer.kept for layer in compiled.report.layers}
+    assert by_name["first"] == 8
+    assert by_name["hidden"] == 8
+    outputs_agree(module, compiled, torch.randn(4, 6))
+    compiled.save(tmp_path / "small.onnx")

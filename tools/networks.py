@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,43 +16,16 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
 
-from sbp_compile.nn import LogNormalNoise, noise_layers
+from sbp_compile.nn import noise_layers
+from tests.zoo.places import Places, switch_off
+from tests.zoo.units import PreUnit, Unit
+
+__all__ = ["NETWORKS", "PLACEMENTS", "Places", "ResNet50", "as_trained"]
 
 PLACEMENTS = (
     "before norm", "after norm", "after activation", "on flattened", "on input", "on output", "both sides of adds",
     "everywhere",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where noise goes: one of PLACEMENTS."""
-
-    placement: str
-
-    def noise(self, place: str, features: int) -> nn.Module:
-        """A noise layer if `place` is chosen, else nothing."""
-        return LogNormalNoise(features) if self.placement in {place, "everywhere"} else nn.Identity()
-
-
-class Unit(nn.Module):
-    """convolution -> noise -> + bias -> batch norm -> noise -> relu -> noise."""
-
-    def __init__(
-        self, places: Places, inputs: int, outputs: int, kernel: int, stride: int = 1, act: bool = True
-    ):
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-        self.before = places.noise("before norm", outputs)
-        self.bias = nn.Parameter(torch.randn(outputs, 1, 1) * 0.2)
-        self.norm = nn.BatchNorm2d(outputs)
-        self.after = places.noise("after norm", outputs)
-        self.last = places.noise("after activation", outputs) if act else nn.Identity()
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.after(self.norm(self.before(self.conv(x)) + self.bias))
-        return self.last(F.relu(x)) if self.act else x
 
 
 class Head(nn.Module):
@@ -117,9 +89,9 @@ class Residual(nn.Module):
     def __init__(self, places: Places, inputs: int, outputs: int, stride: int):
         super().__init__()
         self.first = Unit(places, inputs, outputs, 3, stride)
-        self.second = Unit(places, outputs, outputs, 3, act=False)
+        self.second = Unit(places, outputs, outputs, 3, act=None)
         same = stride == 1 and inputs == outputs
-        self.shortcut = nn.Identity() if same else Unit(places, inputs, outputs, 1, stride, act=False)
+        self.shortcut = nn.Identity() if same else Unit(places, inputs, outputs, 1, stride, act=None)
         self.left = places.noise("both sides of adds", outputs)
         self.right = places.noise("both sides of adds", outputs)
         self.last = places.noise("after activation", outputs)
@@ -184,23 +156,6 @@ class DenseNet(nn.Module):
         return self.head(F.adaptive_avg_pool2d(x, 1))  # type: ignore[no-any-return]
 
 
-class PreUnit(nn.Module):
-    """norm -> noise -> relu -> noise -> convolution -> noise -> + bias."""
-
-    def __init__(self, places: Places, inputs: int, outputs: int, kernel: int):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(inputs)
-        self.after = places.noise("after norm", inputs)
-        self.last = places.noise("after activation", inputs)
-        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-        self.before = places.noise("before norm", outputs)
-        self.bias = nn.Parameter(torch.randn(outputs, 1, 1) * 0.2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.last(F.relu(self.after(self.norm(x))))
-        return self.before(self.conv(x)) + self.bias  # type: ignore[no-any-return]
-
-
 class Bottleneck(nn.Module):
     """The block of ResNet-50."""
 
@@ -210,10 +165,10 @@ class Bottleneck(nn.Module):
         self.body = nn.Sequential(
             Unit(places, inputs, width, 1),
             Unit(places, width, width, 3, stride),
-            Unit(places, width, outputs, 1, act=False),
+            Unit(places, width, outputs, 1, act=None),
         )
         same = stride == 1 and inputs == outputs
-        self.shortcut = nn.Identity() if same else Unit(places, inputs, outputs, 1, stride, act=False)
+        self.shortcut = nn.Identity() if same else Unit(places, inputs, outputs, 1, stride, act=None)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.body(x) + self.shortcut(x))
@@ -265,10 +220,3 @@ def as_trained(network: nn.Module, masked: float, seed: int = 0) -> nn.Module:
             layer.mu.normal_(-0.3, 0.2, generator=generator)
             switch_off(layer, torch.rand(size, generator=generator) < masked)
     return network.eval()
-
-
-def switch_off(layer: LogNormalNoise, units: Tensor) -> None:
-    """Give the units the posterior that dead ones settle at: mu -1, log_sigma 3.4 (SNR 0.33)."""
-    with torch.no_grad():
-        layer.mu[units] = -1.0
-        layer.log_sigma[units] = 3.4

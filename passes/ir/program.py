@@ -150,9 +150,7 @@ class Program:
     @cached_property
     def infos(self) -> Mapping[fx.Node, TensorInfo]:
         """Sizes and dtype of every tensor value whose sizes can be derived without data."""
-        first = run_on_meta(self, [entry.sizes for entry in self.inputs])
-        second = run_on_meta(self, [entry.other_sizes for entry in self.inputs])
-        third = run_on_meta(self, [entry.far_sizes for entry in self.inputs])
+        first, second, third = self._meta_runs
         found = {}
         for node, value in first.items():
             other = second.get(node)
@@ -161,6 +159,22 @@ class Program:
                 far_sizes = tuple(far.shape) if isinstance(far, Tensor) and far.ndim == value.ndim else ()
                 found[node] = TensorInfo(tuple(value.shape), tuple(other.shape), value.dtype, far_sizes)
         return found
+
+    @cached_property
+    def unmeasured(self) -> frozenset[fx.Node]:
+        """Calls whose sizes depend on data (`nonzero`), and whatever is computed from them."""
+        return frozenset(
+            node for node in self.calls() if any(node not in values for values in self._meta_runs[:2])
+        )
+
+    @cached_property
+    def _meta_runs(self) -> tuple[dict[fx.Node, Any], ...]:
+        shapes = (
+            [entry.sizes for entry in self.inputs],
+            [entry.other_sizes for entry in self.inputs],
+            [entry.far_sizes for entry in self.inputs],
+        )
+        return tuple(run_on_meta(self, sizes) for sizes in shapes)
 
     def op(self, node: fx.Node) -> Op:
         """The rule's view of a call, made once for each Program."""

@@ -150,7 +150,16 @@ def _layers(dense: Program, small: Program, programs: Sequence[Program]) -> list
         after_macs = macs_after.get(name, 0)
         rows.append(
             Layer(
-                labels[name], kind, channels, masked, kept[1], inputs, kept[2], macs[name], after_macs, reason
+                labels[name],
+                kind,
+                channels,
+                masked,
+                kept[1],
+                inputs,
+                kept[2],
+                macs.get(name, 0),
+                after_macs,
+                reason,
             )
         )
     return rows
