@@ -6,7 +6,7 @@ import re
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,12 @@ from sbp_compile.nn import LogNormalNoise, noise_layers
 
 STANDS_FOR = "stands for the constants that"
 UNEXPLAINED = "needed, says the analysis"
-GONE = "not in the compiled network under this name"
+UNKNOWN = "a layer that the original does not have"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one process measures: a network and a place for its noise, at every share of masked units."""
+    """A network and a place for its noise, at every share of masked units."""
 
     network: str
     placement: str
@@ -147,7 +147,9 @@ def measure(task: Task) -> Iterator[Row]:
                 network, args = masked, architecture.example()
                 exported = export_module(network, args, dynamic_batch=architecture.dynamic_batch)
                 call = captured_call(exported, args, {})
-            network.load_state_dict(masked.state_dict())  # in place: the exported program reads the same memory
+            network.load_state_dict(
+                masked.state_dict()
+            )  # in place: the exported program reads the same memory
             steps: list[Step] = []
             compiled = compile_exported(
                 exported,
@@ -174,11 +176,11 @@ def measured(row: Row, compiled: Compiled, steps: Sequence[Step], seed: int) -> 
     """The row of a compiled network."""
     report, proof = compiled.report, compiled.report.verification
     assert proof is not None
-    analyses = [step.after for step in steps if step.name == "analyze_channels"]
+    reasons = reasons_by_layer([step.after for step in steps if step.name == "analyze_channels"])
     layer_bounds = bounds(compiled.original, compiled.examples, seed)
     small = layer_macs(compiled.program)
     needed = {bound.name: bound.needed for bound in layer_bounds}
-    for name, extra in standing_outputs(layer_bounds, analyses).items():
+    for name, extra in standing_outputs(layer_bounds, reasons).items():
         needed[name] += extra
     return Row(
         row.network,
@@ -196,23 +198,24 @@ def measured(row: Row, compiled: Compiled, steps: Sequence[Step], seed: int) -> 
         kept_although_masked(compiled),
         dict(report.seconds),
         opaque_operators(compiled.program),
-        tuple(excesses(layer_bounds, needed, compiled, analyses)),
+        tuple(excesses(layer_bounds, needed, compiled.program, reasons)),
         tuple(f"{note.where}: {note.text}" for note in report.notes),
     )
 
 
 def kept_although_masked(compiled: Compiled) -> dict[str, int]:
     """Output channels that nothing needs and that are there all the same, by the report's reasons."""
-    found: Counter[str] = Counter()
-    for layer in compiled.report.layers:
-        for number, why in re.findall(r"(\d+) for (.+?)(?=, \d+ for |$)", layer.reason):
-            found[without_numbers(why)] += int(number)
-    return dict(found.most_common())
+    told = [
+        (why, int(number))
+        for layer in compiled.report.layers
+        for number, why in re.findall(r"(\d+) for (.+?)(?=, \d+ for |$)", layer.reason)
+    ]
+    return dict(added_up(told))
 
 
 def without_numbers(why: str) -> str:
     """A reason with the operators it names, but not which of them."""
-    return re.sub(r"(?<=[a-z0-9])_\d+\b", "", why)
+    return re.sub(r"_\d+(?=\b|_)", "", why)
 
 
 def opaque_operators(program: Program) -> dict[str, int]:
@@ -225,15 +228,23 @@ def opaque_operators(program: Program) -> dict[str, int]:
     return dict(found.most_common())
 
 
-def last_reasons(
-    name: str, analyses: Sequence[Program]
-) -> tuple[list[tuple[str, int]], list[tuple[str, int]], dict[str, int]]:
-    """Why input and output channels beyond the necessary ones stay in a layer, from the last analysis that has it."""
-    for program in reversed(analyses):
+@dataclass(frozen=True)
+class Reasons:
+    """Why a layer keeps input and output channels beyond the necessary ones: (reason, how many)."""
+
+    inputs: list[tuple[str, int]] = field(default_factory=list)
+    outputs: list[tuple[str, int]] = field(default_factory=list)
+
+
+def reasons_by_layer(analyses: Sequence[Program]) -> dict[str, Reasons]:
+    """The reasons of every layer, from the last analysis that has it."""
+    found: dict[str, Reasons] = {}
+    for program in analyses:
         for shape in layers(program):
-            if shape.node.name == name:
-                return _reasons(program, shape.x, shape.x_axis), _reasons(program, shape.node, shape.y_axis), {}
-    return [], [], {}
+            found[shape.node.name] = Reasons(
+                _reasons(program, shape.x, shape.x_axis), _reasons(program, shape.node, shape.y_axis)
+            )
+    return found
 
 
 def _reasons(program: Program, node: fx.Node, axis: int) -> list[tuple[str, int]]:
@@ -243,3 +254,76 @@ def _reasons(program: Program, node: fx.Node, axis: int) -> list[tuple[str, int]
     if needed is None or keep.count(node, axis) <= needed:
         return []
     return keep.reasons(node.name, axis)
+
+
+def standing_outputs(layer_bounds: Sequence[Bound], reasons: Mapping[str, Reasons]) -> dict[str, float]:
+    """Multiply-adds for making the channels that stand for constants, by the layer that makes them.
+
+    They are those that the report keeps for that reason, also where a depthwise convolution lies between.
+    """
+    depthwise: dict[str, int] = {}
+    found: dict[str, float] = {}
+    for bound in reversed(layer_bounds):
+        number = 0
+        for why, count in reasons.get(bound.name, Reasons()).outputs:
+            number += count if STANDS_FOR in why else min(count, depthwise.get(why, 0))
+        if bound.groups == bound.inputs > 1:
+            depthwise[f"groups of {bound.name} stay whole"] = number
+        inputs = bound.live_inputs + bound.standing if bound.groups == 1 else bound.inputs // bound.groups
+        found[bound.name] = number * inputs * bound.unit
+    return found
+
+
+def excesses(
+    layer_bounds: Sequence[Bound],
+    needed: Mapping[str, float],
+    program: Program,
+    reasons: Mapping[str, Reasons],
+) -> Iterator[Excess]:
+    """The layers of a compiled Program that cost more than their bound, the costliest first."""
+    bound_of = {bound.name: bound for bound in layer_bounds}
+    macs = layer_macs(program)
+    shapes = {shape.node.name: shape for shape in layers(program)}
+    for name in sorted(macs, key=lambda name: needed.get(name, 0.0) - macs[name]):
+        if macs[name] <= needed.get(name, 0.0):
+            return
+        node, why = shapes[name].node, reasons.get(name, Reasons())
+        groups, outputs, inputs, _ = (
+            shapes[name].matrix(torch.empty(program.infos[shapes[name].weight].sizes)).shape
+        )
+        kept, bound = (groups * inputs, groups * outputs), bound_of.get(name)
+        label = str(node.meta.get("module") or name)
+        if bound is None:
+            yield Excess(label, _kind(node), macs[name], 0.0, f"{kept[0]}", f"{kept[1]}", ((UNKNOWN, 1),))
+            continue
+        told = [*_uncovered(kept[0] - bound.live_inputs - bound.standing, why.inputs)]
+        told += _uncovered(kept[1] - bound.live_outputs, why.outputs)
+        yield Excess(
+            label,
+            _kind(node),
+            macs[name],
+            needed[name],
+            f"{kept[0]} of {bound.inputs}, bound {bound.live_inputs + bound.standing}",
+            f"{kept[1]} of {bound.outputs}, bound {bound.live_outputs}",
+            added_up(told),
+        )
+
+
+def _uncovered(more: int, reasons: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The reasons for channels beyond the bound; those that no reason covers are needed in the analysis' eyes."""
+    if more <= 0:
+        return []
+    rest = more - sum(number for _, number in reasons)
+    return [*reasons, *([(UNEXPLAINED, rest)] if rest > 0 else [])]
+
+
+def added_up(reasons: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    """Reasons without the numbers of their operators, each once, the most frequent first."""
+    found: Counter[str] = Counter()
+    for why, number in reasons:
+        found[without_numbers(why)] += number
+    return tuple(found.most_common())
+
+
+def _kind(node: fx.Node) -> str:
+    return str(node.target).split(".")[1]
