@@ -1,6 +1,6 @@
 """Compile every network of tests/zoo with masks at several places, and hold the result against a bound.
 
-    python tools/zoo.py [--network NAME]... [--placement P]... [--share 0.3,0.5,0.9] [--seed S] [--onnx]
+    python tools/zoo.py [--network NAME]... [--placement P]... [--share 0.3,0.5,0.9] [--seed S] [--onnx [none|one|all]]
                         [--jobs N] [--json FILE] [--write]
 
 Networks run in processes of their own, so that a crash is a row and not the end. Exit code 1 if
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -54,8 +55,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0, help="of weights, masks and inputs (default 0)")
     made.add_argument(
         "--onnx",
-        action="store_true",
-        help=f"onnxruntime at every share, not only at {ONNX_SHARE} or the first",
+        nargs="?",
+        choices=("none", "one", "all"),
+        default="one",
+        const="all",
+        help=f"shares that go through onnxruntime too (default: one, {ONNX_SHARE} or else the first)",
     )
     made.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes at a time"
@@ -102,16 +106,13 @@ def save(path: Path | None, rows: Sequence[Row]) -> None:
 
 def make_tasks(options: argparse.Namespace) -> list[Task]:
     """One task for each network and placement."""
-    onnx = options.share if options.onnx else (_onnx_share(options.share),)
+    one = ONNX_SHARE if ONNX_SHARE in options.share else options.share[0]
+    onnx = {"none": (), "one": (one,), "all": options.share}[options.onnx]
     return [
         Task(name, placement, options.share, options.seed, onnx)
         for name in options.network or ZOO
         for placement in options.placement or PLACEMENTS
     ]
-
-
-def _onnx_share(shares: tuple[float, ...]) -> float:
-    return ONNX_SHARE if ONNX_SHARE in shares else shares[0]
 
 
 class Worker:
@@ -208,7 +209,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 def _cells(row: Row) -> tuple[str, ...]:
     if row.failure:
-        return ("", "", "", "", "", "", f"[red]{row.failure}[/red]")
+        return ("", "", "", "", "", "", f"[red]{escape(row.failure)}[/red]")
     file = "-" if row.file_error is None else f"{row.file_error:.0e} of {row.file_tolerance:.0e}"
     told = [f"{number} {why}" for why, number in row.kept.items()]
     told += [f"no rule: {number} {operator}" for operator, number in row.opaque.items()]
