@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -164,10 +165,11 @@ class Worker:
 
 def _work(pipe: Connection) -> None:
     """The process: for each task its rows as they come, then None."""
-    while True:
-        for row in measure(pipe.recv()):
-            pipe.send(row)
-        pipe.send(None)
+    with suppress(EOFError, BrokenPipeError):  # the parent is gone
+        while True:
+            for row in measure(pipe.recv()):
+                pipe.send(row)
+            pipe.send(None)
 
 
 def run(tasks: Sequence[Task], jobs: int, limit: float) -> Iterator[tuple[Task, list[Row]]]:

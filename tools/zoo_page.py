@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from zoo_rows import UNEXPLAINED, UNKNOWN, Row
+from zoo_excess import UNEXPLAINED, UNKNOWN
+from zoo_rows import Row
 
 from sbp_compile.timing import environment
 
