@@ -13,9 +13,10 @@ leading axes only the indices that depend on the input and are reached. Products
 input are no layers and have no bound, nor have recurrent cells.
 
 Measured in float64 on SAMPLES random inputs that run side by side, so that what differs between them is known at each
-operator. Whether a rectifier happens to be on is a matter of chance: where its operand differs between the samples, an
-operator with flat parts (FLAT) gets SLOPE times its operand added, so that only what is constant for every input stops
-values and gradients. (A rectifier that is always off since its operand has a bounded range counts as live.)
+operator. Whether a rectifier is on, a sigmoid not saturated or an entry the largest is a matter of chance: such an
+operator (FLAT, EXTREMA) gets SLOPE times those entries of its operand added that differ between the samples, so that
+only what is constant for every input stops values and gradients. (A rectifier that is off for every input since its
+operand has a bounded range counts as live.)
 
 Constants: where the input channels that are constant and read add something that varies over positions (a border, a
 depthwise convolution's constant maps), no bias can hold it, and channels must stand for them: as many as the maps of
@@ -52,8 +53,21 @@ FLAT = frozenset(
         aten.clamp_min.default,
         aten.clamp_max.default,
         aten.threshold.default,
+        aten.hardshrink.default,
+        aten.softshrink.default,
+        aten.sigmoid.default,
+        aten.tanh.default,
+        aten.erf.default,
+        aten.silu.default,
+        aten.gelu.default,
+        aten.mish.default,
+        aten.elu.default,
+        aten.softplus.default,
+        aten.log_sigmoid.default,
     }
 )
+EXTREMA = frozenset({aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim})
+EXTREMA_OF_TWO = frozenset({aten.maximum.default, aten.minimum.default})
 
 
 @dataclass(frozen=True)
@@ -132,13 +146,29 @@ class _Run:
         if node.target is aten.detach.default:
             return self.values[node.args[0]]  # type: ignore[index]
         results = [schema.call(node, self._of_sample(number)) for number in range(SAMPLES)]
-        if node.target in FLAT and results[0].is_floating_point():
-            operand = self.values[node.args[0]]  # type: ignore[index]
-            moves = differing(operand)
-            results = [value + SLOPE * x * moves for value, x in zip(results, operand, strict=True)]
+        results = [self._tilted(node, number, result) for number, result in enumerate(results)]
         if node in self.watched:
             results = [value if value.requires_grad else value.requires_grad_() for value in results]
         return results
+
+    def _tilted(self, node: fx.Node, number: int, result: Any) -> Any:
+        """The result plus a slope along what moves in the operands, where the operator has flat parts."""
+        if node.target in FLAT:
+            return _plus(result, self._moving(node.args[0], number))
+        if node.target in EXTREMA_OF_TWO:
+            return _plus(result, self._moving(node.args[0], number) + self._moving(node.args[1], number))
+        if node.target in EXTREMA:
+            args = schema.bind(node)
+            more = self._moving(args["self"], number).sum(args["dim"], args["keepdim"])
+            return _plus(result, more) if isinstance(result, Tensor) else (_plus(result[0], more), result[1])
+        return result
+
+    def _moving(self, operand: Any, number: int) -> Tensor:
+        """SLOPE times those entries of an operand that differ between the samples, 0 elsewhere."""
+        if operand not in self.dependent:
+            return torch.zeros(())
+        values = self.values[operand]
+        return torch.where(differing(values), SLOPE * values[number], 0.0)
 
     def _of_sample(self, number: int) -> Callable[[fx.Node], Any]:
         def value(node: fx.Node) -> Any:
@@ -180,6 +210,10 @@ class _Run:
             seen.update(fresh)
             pending += fresh
         return list(found)
+
+
+def _plus(result: Tensor, more: Tensor) -> Tensor:
+    return result + more if result.is_floating_point() else result
 
 
 def _gradients(total: Tensor, values: list[Tensor]) -> list[Tensor | None]:

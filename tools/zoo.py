@@ -1,7 +1,7 @@
 """Compile every network of tests/zoo with masks at several places, and hold the result against a bound.
 
     python tools/zoo.py [--network NAME]... [--placement P]... [--share 0.3,0.5,0.9] [--seed S] [--onnx [none|one|all]]
-                        [--jobs N] [--json FILE] [--write]
+                        [--jobs N] [--json FILE] [--rows FILE...] [--write]
 
 Networks run in processes of their own, so that a crash is a row and not the end. Exit code 1 if
 anything failed or was not exact. `--write` puts docs/results/zoo.md.
@@ -67,6 +67,13 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--limit", type=float, default=600.0, metavar="SECONDS", help="for one process")
     made.add_argument("--json", type=Path, metavar="FILE", help="every row with everything that was measured")
+    made.add_argument(
+        "--rows",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="show the rows of earlier --json files; run nothing",
+    )
     made.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
     return made
 
@@ -78,16 +85,8 @@ def _shares(text: str) -> tuple[float, ...]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
-    tasks = make_tasks(options)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    rows: list[Row] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("zoo", total=len(tasks))
-        for task, found in run(tasks, options.jobs, options.limit):
-            rows += found
-            save(options.json, rows)  # what is there survives an interrupt
-            progress.update(bar, advance=1, description=f"{task.network}, {task.placement}")
+    rows = load(options.rows) if options.rows else measure_all(options, console)
     order = {name: number for number, name in enumerate(ZOO)}
     rows.sort(key=lambda row: (order[row.network], PLACEMENTS.index(row.placement), row.share))
     console.print(table(rows))
@@ -97,6 +96,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.write:
         write_atomically(RESULT, page(rows, options.seed))
     return 1 if failures else 0
+
+
+def measure_all(options: argparse.Namespace, console: Console) -> list[Row]:
+    """Run everything that was asked for, with a bar; the rows as they came."""
+    tasks, rows = make_tasks(options), list[Row]()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("zoo", total=len(tasks))
+        for task, found in run(tasks, options.jobs, options.limit):
+            rows += found
+            save(options.json, rows)  # what is there survives an interrupt
+            progress.update(bar, advance=1, description=f"{task.network}, {task.placement}")
+    return rows
+
+
+def load(paths: Sequence[Path]) -> list[Row]:
+    """The rows of files that `save` wrote; of a row that is in several, the last."""
+    found: dict[tuple[str, str, float], Row] = {}
+    for path in paths:
+        for data in json.loads(path.read_text(encoding="utf-8")):
+            row = Row.from_dict(data)
+            found[row.network, row.placement, row.share] = row
+    return list(found.values())
 
 
 def save(path: Path | None, rows: Sequence[Row]) -> None:

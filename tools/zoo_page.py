@@ -65,6 +65,9 @@ MEANINGS = {
     "stands for": "constant channels that stay because a border or their own maps make them uneven; those that a layer "
     "makes for several readers, or that an add carries along, are more than the bound's",
     "the network's interface": "inputs and outputs of the network keep all their channels",
+    "aligned by mul": "a mask or a gate on one reader of a value that others read whole, or both factors of a gate",
+    "aligned by cat": "the parts of a concatenation keep what any reader of the whole needs",
+    "regrouped by": "a view mixes the channel axis with another one, and whole blocks stay",
     "groups of": "a grouped convolution keeps whole groups; the bound counts the live pairs inside",
     "read whole by": "an operator reads the whole axis",
     UNEXPLAINED: "the analysis takes these channels for needed, and the measurement says that they are not",

@@ -76,6 +76,15 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"gap": self.gap}
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Row:
+        """The row that `to_dict` made plain data of, after a way through JSON."""
+        excess = tuple(
+            Excess(**entry | {"reasons": tuple((why, number) for why, number in entry["reasons"])})
+            for entry in data["excess"]
+        )
+        return cls(**{key: value for key, value in data.items() if key != "gap"} | {"excess": excess})
+
 
 class Scale(nn.Module):
     """A noise layer as it is in eval mode: a multiplication by a constant for each feature, 0 where masked."""
@@ -95,10 +104,9 @@ class Scale(nn.Module):
 def freeze_noise(network: nn.Module) -> int:
     """Replace every noise layer by its constant, whose arithmetic would fill most of the graph; returns how many."""
     scales = {layer: Scale(layer) for layer in noise_layers(network)}
-    for module in list(network.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, LogNormalNoise):
-                setattr(module, name, scales[child])
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        if isinstance(module, LogNormalNoise):
+            network.set_submodule(name, scales[module])
     return len(scales)
 
 

@@ -125,15 +125,35 @@ def test_a_channel_gated_by_a_rectifier_of_a_constant_is_dead(tool):
     assert counts(gated) == (3, 0, 5)
 
 
-def test_a_rectifier_that_is_off_by_chance_hides_nothing(tool):
+@pytest.mark.parametrize(
+    "flat",
+    [
+        lambda y: F.relu(y - 100.0),
+        lambda y: torch.sigmoid(100.0 * y - 1000.0),
+        lambda y: torch.maximum(y, y.new_tensor(100.0)),
+        lambda y: F.hardswish(y - 100.0),
+    ],
+    ids=["relu", "sigmoid", "maximum", "hardswish"],
+)
+def test_a_function_that_is_flat_by_chance_hides_nothing(tool, flat):
     first, second = measured(
-        tool,
-        lambda net, x: net.b(F.relu(net.a(x) - 100.0)),
-        a=nn.Conv2d(3, 8, 1),
-        b=nn.Conv2d(8, 4, 1),
+        tool, lambda net, x: net.b(flat(net.a(x))), a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 4, 1)
     )
     assert counts(first) == (3, 0, 8)
     assert counts(second) == (8, 0, 4)
+
+
+def test_every_piece_of_a_maximum_is_live_but_the_constant_ones(tool):
+    first, second = measured(
+        tool,
+        lambda net, x: net.b((net.a(x) * net.mask).view(-1, 4, 2).max(dim=2)[0]),
+        torch.zeros(2, 3),
+        a=nn.Linear(3, 8, bias=False),
+        b=nn.Linear(4, 2),
+        mask=mask(8, 5, 0),
+    )
+    assert counts(first) == (3, 0, 5)
+    assert counts(second) == (3, 0, 2)
 
 
 def test_zeroed_filters_and_zeroed_columns_are_masks(tool):
