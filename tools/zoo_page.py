@@ -70,7 +70,8 @@ MEANINGS = {
     "regrouped by": "a view mixes the channel axis with another one, and whole blocks stay",
     "groups of": "a grouped convolution keeps whole groups; the bound counts the live pairs inside",
     "read whole by": "an operator reads the whole axis",
-    UNEXPLAINED: "the analysis takes these channels for needed, and the measurement says that they are not",
+    UNEXPLAINED: "the analysis takes these channels for needed and the measurement says that they are not: an operator "
+    "without a rule asks for everything, and so do rules where they are cautious",
     UNKNOWN: "a rewriting made it",
 }
 
