@@ -109,6 +109,12 @@ def _layer(node: fx.Node, program: Program) -> Shape | None:
     return Shape(node, args["input"], args["weight"], -1 - rank, -1 - rank, args.get("groups", 1), padded)
 
 
+def unsized_layers(program: Program) -> int:
+    """How many calls would be layers if their sizes could be derived without data."""
+    kinds = CONVOLUTIONS.keys() | TRANSPOSED.keys() | PRODUCTS.keys() | {aten.linear.default}
+    return sum(node.target in kinds and node not in program.infos for node in program.calls())
+
+
 def layer_macs(program: Program) -> dict[str, int]:
     """Multiply-adds of each layer for one example, by node name."""
     return {shape.node.name: macs_of(shape, program) for shape in layers(program)}

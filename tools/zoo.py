@@ -237,6 +237,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     file = "-" if row.file_error is None else f"{row.file_error:.0e} of {row.file_tolerance:.0e}"
     told = [f"{number} {why}" for why, number in row.kept.items()]
     told += [f"no rule: {number} {operator}" for operator, number in row.opaque.items()]
+    told += [f"{row.unsized} layers without sizes are not counted"] if row.unsized else []
     return (
         f"{row.float64_error:.0e}",
         file,

@@ -97,6 +97,10 @@ def page(rows: Sequence[Row], seed: int) -> str:
     text = header + "\n".join(lines) + "\n\n## Where the gap is above 5%\n\n"
     text += "Shares of the multiply-adds above the bound, over all placements and shares of masks.\n\n"
     text += "\n".join(explained) + "\n\n" + meanings(rows)
+    unsized = {row.network: row.unsized for row in rows if row.unsized}
+    if unsized:
+        text += "\nLayers behind an operator whose sizes are not known are in no count: "
+        text += ", ".join(f"{name} ({number})" for name, number in unsized.items()) + ".\n"
     failures = [row for row in rows if row.failure]
     if failures:
         text += "\n## Failures\n\n" + "\n".join(_failure(row) for row in failures) + "\n"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from bound import bounds
-from layer_shapes import layer_macs
+from layer_shapes import layer_macs, unsized_layers
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from zoo_excess import Excess, added_up, excesses, reasons_by_layer, standing_outputs
@@ -45,7 +45,7 @@ class Row:
 
     `macs`, `parameters`: the whole network before and after; `layer_macs`: of the layers that have a bound, dense
     and compiled; `bound`: theirs. `kept`: output channels kept although masked, by reason. `opaque`: operators without
-    a rule in the compiled network.
+    a rule in the compiled network. `unsized`: layers whose sizes are not known, which no count holds.
     """
 
     network: str
@@ -65,6 +65,7 @@ class Row:
     opaque: dict[str, int] = field(default_factory=dict)
     excess: tuple[Excess, ...] = ()
     notes: tuple[str, ...] = ()
+    unsized: int = 0
 
     @property
     def gap(self) -> float:
@@ -83,7 +84,9 @@ class Row:
             Excess(**entry | {"reasons": tuple((why, number) for why, number in entry["reasons"])})
             for entry in data["excess"]
         )
-        return cls(**{key: value for key, value in data.items() if key != "gap"} | {"excess": excess})
+        pairs = {key: tuple(data[key]) for key in ("macs", "parameters", "layer_macs", "notes")}
+        fields = {key: value for key, value in data.items() if key != "gap"}
+        return cls(**fields | pairs | {"excess": excess})
 
 
 class Scale(nn.Module):
@@ -209,6 +212,7 @@ def measured(row: Row, compiled: Compiled, steps: Sequence[Step], seed: int, cap
         opaque_operators(compiled.program),
         tuple(excesses(layer_bounds, needed, compiled.program, reasons)),
         tuple(f"{note.where}: {note.text}" for note in report.notes),
+        unsized_layers(compiled.original),
     )
 
 

@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def test_a_small_network_is_exact_and_at_its_bound_at_every_share(tools):
     assert measured[1].layer_macs[1] < measured[0].layer_macs[1] < measured[0].layer_macs[0]
     assert measured[0].file_error is None
     assert measured[1].file_error <= measured[1].file_tolerance
-    assert [rows.Row.from_dict(row.to_dict()) for row in measured] == measured
+    assert [rows.Row.from_dict(json.loads(json.dumps(row.to_dict()))) for row in measured] == measured
 
 
 def test_a_network_that_fails_is_a_row(tools, monkeypatch):
@@ -107,7 +108,7 @@ def row(tools, **changes):
 def test_the_page_explains_gaps_above_five_percent_and_lists_failures(tools):
     rows = [
         row(tools),
-        row(tools, network="vgg11", layer_macs=(200, 104), excess=()),
+        row(tools, network="vgg11", layer_macs=(200, 104), excess=(), unsized=3),
         row(tools, network="bert", failure="ValueError: no"),
     ]
     page = tools["page"].page(rows, 0)
@@ -117,6 +118,7 @@ def test_the_page_explains_gaps_above_five_percent_and_lists_failures(tools):
     )
     assert "- **lenet5** (50%): aligned by add 100%" in page
     assert "**vgg11**" not in page
+    assert "in no count: vgg11 (3)." in page
     assert "| bert | LeNet | 0 of 1 |" in page
     assert "- bert, random, 50%: ValueError: no" in page
 
