@@ -3,6 +3,7 @@
 #   make test       lint, types and the tests
 #   make test-slow  the tests that are left out of `make test`
 #   make fuzz       random networks, FUZZ_GRAPHS of them from FUZZ_SEED on
+#   make zoo        every architecture of tests/zoo, masked and compiled, against a bound (half an hour on two cores)
 #   make cuda       the checks and timings that need a GPU, in an environment of their own
 #   make clean      remove what the targets made, the environment included
 
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DEMO_MODEL := models/lenet5-sbp-digits.pt
 
-.PHONY: cuda demo test test-slow fuzz lint clean
+.PHONY: cuda demo test test-slow fuzz zoo lint clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -29,6 +30,9 @@ test-slow: $(READY)
 
 fuzz: $(READY)
 	$(BIN)/python tools/fuzz.py --graphs $(FUZZ_GRAPHS) --seed $(FUZZ_SEED) --onnx-every 20
+
+zoo: $(READY)
+	$(BIN)/python tools/zoo.py --write
 
 # onnxruntime and onnxruntime-gpu hold the same files: the second replaces the first.
 cuda:
