@@ -133,8 +133,8 @@ def make_tasks(options: argparse.Namespace) -> list[Task]:
     onnx = {"none": (), "one": (one,), "all": options.share}[options.onnx]
     return [
         Task(name, placement, options.share, options.seed, onnx)
-        for name in options.network or ZOO
-        for placement in options.placement or PLACEMENTS
+        for name in dict.fromkeys(options.network or ZOO)
+        for placement in dict.fromkeys(options.placement or PLACEMENTS)
     ]
 
 
