@@ -128,3 +128,52 @@ def test_an_index_output_that_is_used_leaves_the_call_alone():
 
     result = compiled(Between(both, out=1), 6, 6)
     assert aten.max.dim in targets_of(result)
+
+
+def test_more_reductions_over_positions_shrink_their_channels():
+    functions = {
+        "prod": lambda x: x * x.prod(-1, keepdim=True),
+        "any": lambda x: x * (x > 0.5).any(-1, keepdim=True),
+        "all": lambda x: x * (x > 0.5).all(2, keepdim=True),
+        "norm": lambda x: x * x.norm(dim=(2, 3), keepdim=True),
+        "logsumexp": lambda x: x * x.logsumexp((2, 3), keepdim=True),
+        "argmax": lambda x: x * x.argmax(-1, keepdim=True),
+    }
+    parts = {name: Between(function) for name, function in functions.items()}
+    assert kept_by(parts, 8, 8) == dict.fromkeys(parts, LIVE)
+    zeros = {name: Between(function, bias=False) for name, function in functions.items()}
+    assert kept_by(zeros, 8, 8, dynamic=FREE, unseen=(9, 12)) == dict.fromkeys(zeros, LIVE)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["zeros", "constants"])
+def test_norms_products_and_logarithms_of_sums_take_up_the_channels_that_go(bias):
+    functions = {
+        "logsumexp": lambda x: x.logsumexp(1, keepdim=True),
+        "norm": lambda x: x.norm(dim=1, keepdim=True),
+        "one norm": lambda x: x.norm(p=1, dim=1, keepdim=True),
+        "largest": lambda x: x.norm(p=torch.inf, dim=1, keepdim=True),
+        "any": lambda x: (x > 2).any(1, keepdim=True).to(x.dtype),
+        "all": lambda x: (x > -1).all(1, keepdim=True).to(x.dtype),
+    }
+    if bias:
+        functions["prod"] = lambda x: x.prod(1, keepdim=True)
+    parts = {name: Between(function, out=1, bias=bias) for name, function in functions.items()}
+    assert kept_by(parts, 8, 8, dynamic=FREE) == dict.fromkeys(parts, LIVE)
+
+
+def test_a_zero_makes_a_product_a_constant():
+    parts = {"prod": Between(lambda x: x.prod(1, keepdim=True), out=1, bias=False)}
+    assert kept_by(parts, 8, 8) == {"prod": 0}
+
+
+def test_other_norms_let_zeros_go_alone():
+    def cubic(x):
+        return x.norm(p=3, dim=1, keepdim=True)
+
+    parts = {"zeros": Between(cubic, out=1, bias=False), "constants": Between(cubic, out=1)}
+    assert kept_by(parts, 8, 8) == {"zeros": LIVE, "constants": 2 * LIVE}
+
+
+def test_an_index_of_channels_counts_them_all():
+    parts = {"argmax": Between(lambda x: x.argmax(1, keepdim=True).to(x.dtype), out=1)}
+    assert kept_by(parts, 8, 8) == {"argmax": 2 * LIVE}
