@@ -1,6 +1,7 @@
 """Graph-to-graph passes that shrink a network to the channels that matter; they need torch and nothing else."""
 
 from passes.absorb_constants import AbsorbConstants
+from passes.align_heads import AlignHeads
 from passes.analyze_channels import AnalyzeChannels
 from passes.canonicalize import Canonicalize
 from passes.compose_readings import ComposeReadings
@@ -29,6 +30,8 @@ def default_pipeline(cost: CostModel | None = None) -> Pipeline:
             FoldPermutations(),  # a permutation that went into weights couples nothing any more
             MergeNormalized(),  # columns become zero, which the sweeps see, too
             AnalyzeChannels(),  # facts, demand and keep sets of this very graph
+            AlignHeads(),  # needs facts and demand; the same columns in every head, as far as their order is free
+            AnalyzeChannels(),  # again, if something was aligned
             AbsorbConstants(),  # needs the keep sets; leaves every removed channel without a reader
             ShrinkChannels(),  # needs both; slices
             Canonicalize(),  # constants that appeared are folded, neutral operations go
@@ -56,6 +59,7 @@ def default_pipeline(cost: CostModel | None = None) -> Pipeline:
 
 __all__ = [
     "AbsorbConstants",
+    "AlignHeads",
     "AnalyzeChannels",
     "Canonicalize",
     "ComposeReadings",

@@ -29,6 +29,7 @@ LAYERS = (
     "passes.fold_permutations",
     "passes.merge_normalized",
     "passes.analyze_channels",
+    "passes.align_heads",
     "passes.absorb_constants",
     "passes.shrink_channels",
     "passes.separate_edges",

@@ -257,3 +257,72 @@ def test_attention_over_batch_times_heads_keeps_its_axes_apart():
     result = check(Flat(mask, mask, mask, bias=False), torch.randn(2, LENGTH, MODEL), dynamic=free("t"))
     assert shapes_of(result)["q.weight"] == (4, MODEL)
     assert aten.bmm.default not in targets_of(result)
+
+
+def uneven(*columns):
+    """Head h keeps its columns from h on, as many as the h-th number says."""
+    mask = torch.zeros(HEADS, WIDTH)
+    for head, count in enumerate(columns):
+        mask[head, (torch.arange(count) + head) % WIDTH] = 1
+    return mask.flatten()
+
+
+@WAYS
+@pytest.mark.parametrize("bias", [False, True])
+def test_heads_that_need_different_columns_keep_as_many_as_the_widest(kind, bias):
+    keys, values = uneven(2, 1, 2, 2), uneven(1, 1, 1, 1)
+    found = shapes(kind(key=keys, value=values, bias=bias), torch.randn(2, LENGTH, MODEL))
+    assert found["q.weight"] == found["k.weight"] == (8, MODEL)
+    assert found["v.weight"] == (4, MODEL)
+    assert found["o.weight"] == (MODEL, 4)
+
+
+@pytest.mark.parametrize("way", ["unbind", "index", "chunk"])
+def test_columns_of_a_fused_projection_are_aligned_head_by_head(way):
+    net = Fused(way, uneven(3, 3, 2, 3), uneven(3, 3, 3, 1), uneven(2, 2, 1, 0))
+    found = shapes(net, torch.randn(2, LENGTH, MODEL))
+    assert found["qkv.weight"][0] <= 2 * HEADS * 3 + 2 * 3
+    assert found["o.weight"][1] <= 2 * HEADS
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_columns_of_multihead_attention_are_aligned(with_weights):
+    net = Modules(with_weights)
+    prune(net.attention, uneven(4, 4, 4, 4), uneven(2, 2, 1, 2), uneven(3, 3, 2, 3))
+    found = shapes(net, torch.randn(2, LENGTH, MODEL))
+    assert found["attention.in_proj_weight"] == (8 + 8 + 12, MODEL)
+
+
+def test_heads_that_share_keys_are_aligned_together():
+    class Uneven(Shared):
+        def __init__(self):
+            super().__init__([1] * 8)
+            with torch.no_grad():
+                for part in (self.k, self.v):
+                    mask = torch.tensor([1, 1, 0, 0, 0, 0, 1, 1])
+                    part.weight *= mask[:, None]
+                    part.bias *= mask
+
+    found = shapes(Uneven(), torch.randn(2, LENGTH, 16))
+    assert found["k.weight"] == found["v.weight"] == (4, 16)
+    assert found["q.weight"] == (16, 16)
+
+
+def test_queries_that_are_read_elsewhere_too_are_not_reordered():
+    class Read(Separate):
+        def forward(self, x):
+            q, k, v = (self.part(name, x) for name in "qkv")
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            return self.o(y.reshape(x.shape[0], x.shape[1], MODEL)), q
+
+    found = shapes(Read(key=uneven(2, 1, 2, 2), bias=False), torch.randn(2, LENGTH, MODEL))
+    assert found["k.weight"] == (MODEL, MODEL)
+
+
+def test_one_projection_for_queries_keys_and_values_stays_exact():
+    class Same(Separate):
+        def forward(self, x):
+            h = self.part("q", x)
+            return self.o(self.attend(h, h, h).transpose(1, 2).reshape(x.shape[0], x.shape[1], MODEL))
+
+    shapes(Same(uneven(2, 1, 2, 2), bias=False), torch.randn(2, LENGTH, MODEL))
