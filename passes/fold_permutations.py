@@ -25,8 +25,7 @@ from passes.ir.rewriter import Rewriter
 from passes.reorder import Moved, Order, backward, forward, is_layer
 from passes.rules import rule_for
 from passes.rules.layer import Contraction, describe, emit
-from passes.rules.reading import is_tied
-from passes.rules.selection import Select
+from passes.rules.reading import ReadingRule, is_tied
 
 aten = torch.ops.aten
 
@@ -73,12 +72,14 @@ Path = dict[fx.Node, Edit]
 
 def _permutation(program: Program, node: fx.Node) -> tuple[fx.Node, Order] | None:
     """(x, order) of a call that reads all of one static axis of x in another order, perhaps with repetitions."""
-    if node not in program.infos or not isinstance(rule := rule_for(program.op(node)), Select):
+    if node not in program.infos or not isinstance(rule := rule_for(program.op(node)), ReadingRule):
         return None
     op = program.op(node)
     reading, x = rule.reading(op), op.operands[0]
     moved = [read for read in reading.axes if not is_tied(read)]
-    if len(moved) != 1 or reading.dropped or moved[0].positions is None:
+    if reading.order != list(range(op.out.rank)) or reading.dropped:
+        return None
+    if len(moved) != 1 or moved[0].positions is None:
         return None
     axis, positions = moved[0].source or 0, moved[0].positions
     covers = torch.unique(positions).numel() == op.info_of(x).sizes[axis]

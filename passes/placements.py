@@ -268,6 +268,14 @@ def _copy(op: Op, rewriter: Rewriter) -> fx.Node | None:
     return rewriter.value(source) if op.info is not None and op.program.infos.get(source) == op.info else None
 
 
+def _fill(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    """A number that is held in a tensor."""
+    held = op.constant("value")
+    if held is None or not op.operands:
+        return None
+    return rewriter.call(aten.fill.Scalar, (rewriter.value(op.operands[0]), held.item()), like=op.node)
+
+
 def _tile(op: Op, rewriter: Rewriter) -> fx.Node | None:
     if not op.operands:
         return None
@@ -297,6 +305,7 @@ PLACEMENTS: dict[Any, Callable[[Op, Rewriter], fx.Node | None]] = {
     aten.select_scatter.default: _select_scatter,
     aten.index_put.default: _index_put,
     aten.copy.default: _copy,
+    aten.fill.Tensor: _fill,
     aten.tile.default: _tile,
     aten.rot90.default: _rot90,
 }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tests.fuzz.blocks import BLOCKS
 from tests.fuzz.draw import Draw, Shape
 from tests.fuzz.layers import SIMPLE, Apply, Kind
+from tests.fuzz.moves import MOVES
 from tests.fuzz.views import VIEWS
 
 INPUT_SHAPES = (
@@ -233,7 +234,7 @@ JOINS: dict[str, Join] = {
     "tied": tied,
     "product": product,
 }
-KINDS: dict[str, Kind] = {**SIMPLE, **VIEWS, **BLOCKS}
+KINDS: dict[str, Kind] = {**SIMPLE, **VIEWS, **MOVES, **BLOCKS}
 WEIGHTS = {
     "block": 6,
     "conv": 3,

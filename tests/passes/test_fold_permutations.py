@@ -119,6 +119,30 @@ def test_channels_read_twice_are_columns_added_up():
     assert folded(lambda net, x, _: x[:, torch.arange(16) // 2], second=nn.Conv2d(16, 3, 3)) == 0
 
 
+@pytest.mark.parametrize(
+    "coloured",
+    [
+        lambda x: x.expand(-1, 3, -1, -1),
+        lambda x: x.repeat(1, 3, 1, 1),
+        lambda x: torch.cat([x, x, x], 1),
+        lambda x: x.repeat_interleave(3, 1),
+        lambda x: x[:, [0, 0, 0]],
+    ],
+)
+def test_a_grey_image_shown_as_three_channels_is_read_once(coloured):
+    class Grey(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(coloured(x))
+
+    result = check(Grey(), torch.randn(2, 1, 5, 5))
+    assert shapes_of(result)["conv.weight"] == (4, 1, 3, 3)
+    assert targets_of(result) == [aten.conv2d.default]
+
+
 INPUT_OF_8 = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Softmax(1))
 
 

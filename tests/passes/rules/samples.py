@@ -480,8 +480,14 @@ SPECIFIC: dict[Any, Callable[[Any], list[Sample]]] = {
     ],
     aten.expand.default: lambda op: [call(op, X((2, 1, 3)), [2, 4, -1]), call(op, X((3, 1)), [2, 3, 5])],
     aten.repeat.default: lambda op: [call(op, X((2, 3)), [1, 2]), call(op, X((2, 3)), [4, 1, 1])],
-    aten.flatten.using_ints: lambda op: [call(op, X((2, 3, 4)), 1), call(op, X((2, 3, 4)), 0, 1)],
-    aten.unflatten.int: lambda op: [call(op, X((2, 12, 2)), 1, [3, 4])],
+    aten.flatten.using_ints: lambda op: [
+        call(op, X((2, 3, 4)), 1), call(op, X((2, 3, 4)), 0, 1), call(op, X((2, 3, 4), dynamic=(0,)), 0, 1),
+        call(op, X((2, 3, 4, 2), dynamic=(0, 2)), 2), call(op, X((2, 3, 4, 2), dynamic=(0,)), 1, -1),
+    ],
+    aten.unflatten.int: lambda op: [
+        call(op, X((2, 12, 2)), 1, [3, 4]), call(op, X((2, 12, 2), dynamic=(0, 2)), 1, [3, -1]),
+        call(op, X((4, 12), dynamic=(0,)), 0, [-1, 2]),
+    ],
 }  # fmt: skip
 for _view in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
     SPECIFIC[_view] = lambda op: [

@@ -1,0 +1,88 @@
+"""Operators that only move entries have one spelling, and pruned channels pass through it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from passes import Pipeline
+from passes.canonicalize import Canonicalize
+from passes.compose_readings import ComposeReadings
+from tests.passes.support import assert_same, capture, check, shapes_of, targets_of
+
+DIALECT = Pipeline((Canonicalize(), Canonicalize(), ComposeReadings(), Canonicalize()))
+PLACES = torch.tensor([[0, 1], [3, 2]])
+
+
+class Net(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(x)
+
+
+def put(index, value):
+    def forward(x):
+        copy = x.clone()
+        copy[index] = value(x)
+        return copy
+
+    return forward
+
+
+EVERY = slice(None)
+CASES = [
+    (lambda x: F.channel_shuffle(x, 2), ["index_select"]),
+    (lambda x: x[:, PLACES], ["index_select", "reshape"]),
+    (lambda x: x[:, :, PLACES, PLACES], ["reshape", "index_select", "reshape"]),
+    (lambda x: x[:, PLACES, :, PLACES], ["permute", "reshape", "index_select", "reshape"]),
+    (lambda x: x[:, PLACES, :, torch.tensor([1, 0])], ["permute", "reshape", "index_select", "reshape"]),
+    (lambda x: x[:, [-1, 0]], ["index_select"]),
+    (lambda x: x[:, torch.tensor(3)], ["select"]),
+    (lambda x: x[:, torch.tensor([True, False] * 4)], ["slice"]),
+    (lambda x: x[:, :, torch.eye(4) > 0], ["reshape", "slice"]),
+    (lambda x: x.repeat_interleave(2, 1), ["index_select"]),
+    (lambda x: x.repeat_interleave(2, 0), ["unsqueeze", "expand", "reshape"]),
+    (lambda x: x.tile(2, 1, 1), ["repeat"]),
+    (lambda x: x.rot90(1, (2, 3)), ["flip", "transpose"]),
+    (lambda x: x.rot90(-1, (1, 3)), ["flip", "transpose"]),
+    (lambda x: x.rot90(2, (1, 3)), ["flip"]),
+    (lambda x: torch.slice_scatter(x, x[:, :2], 1, 6), ["slice", "slice", "cat"]),
+    (lambda x: torch.slice_scatter(x, x[:, :3], 1, 1, 7, 2), ["index_select"]),
+    (lambda x: torch.select_scatter(x, x[:, 0] + 1, 1, 0), ["select", "add", "unsqueeze", "slice", "cat"]),
+    (put((EVERY, slice(0, 2)), lambda x: 1.0), ["slice", "fill", "slice", "cat"]),
+    (put((EVERY, torch.tensor([5, 2])), lambda x: x[:, :2] * 2), ["slice", "mul", "cat", "index_select"]),
+    (put((EVERY, 3), lambda x: x[:, 0] * 2), ["select", "mul", "unsqueeze", "slice", "slice", "cat"]),
+]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(("forward", "wanted"), CASES)
+def test_moving_entries_has_one_spelling(forward, wanted, dynamic):
+    program = capture(Net(forward), torch.randn(2, 8, 4, 4), dynamic=dynamic)
+    result = DIALECT(program).program
+    assert_same(program, result)
+    assert [str(target).split(".")[1] for target in targets_of(result)] == wanted
+
+
+@pytest.mark.parametrize("expanded", [True, False])
+def test_a_constant_gather_that_is_the_same_everywhere_reads_whole_channels(expanded):
+    class Gathered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 2, 1)
+            self.index = torch.tensor([6, 1, 2]).view(1, 3, 1, 1)
+
+        def forward(self, x):
+            x, sizes = self.first(x), (x.shape[0] if expanded else 2, 3, 4, 4)
+            return self.second(torch.gather(x, 1, self.index.expand(sizes)))
+
+    result = check(Gathered(), torch.randn(2, 3, 4, 4), dynamic=expanded)
+    assert shapes_of(result)["first.weight"] == (3, 3, 1, 1)
+
+
+def test_what_only_the_input_decides_is_left_alone():
+    program = capture(Net(lambda x: x.gather(1, (x > 0).long())), torch.randn(2, 8, 4, 4))
+    assert "gather" in str(targets_of(DIALECT(program).program))
