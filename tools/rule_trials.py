@@ -304,8 +304,10 @@ def _missing_couple(trial: Trial, demand: Tensor) -> Count:
     return Count(removed, len(spare), len(widened) - len(spare), reasons)
 
 
-def _axes(trial: Trial, node: fx.Node) -> tuple[int, ...]:
-    return trial.program.infos[node].static_axes
+def _axes(trial: Trial, node: fx.Node) -> list[int]:
+    """The axes that have channels to remove: static ones of more than one index."""
+    info = trial.program.infos[node]
+    return [axis for axis in info.static_axes if info.sizes[axis] > 1]
 
 
 def _removals(trial: Trial, widened: list[tuple[fx.Node, int, int]]) -> Iterator[set[tuple[fx.Node, int, int]]]:
@@ -325,12 +327,23 @@ def _does_without(trial: Trial, start: Analysis, widened: set[tuple[fx.Node, int
         keep.start(node, start.demand[node.name] & ~start.facts[node.name].known)
     for node, axis, index in widened:
         keep.widen(node, axis, torch.arange(trial.program.infos[node].sizes[axis]) == index)
+    if _may_broadcast(trial, keep):
+        return False
     try:
         for _ in range(3):
             laws.check_kept(trial, Analysis(start.facts, start.demand, keep))
     except Exception:  # with fewer indices the rewrite may fail in any way
         return False
     return True
+
+
+def _may_broadcast(trial: Trial, keep: KeepSets) -> bool:
+    """Whether one index is left of an axis and several of another of its size, so that the first may be repeated."""
+    counts: dict[int, set[int]] = {}
+    for node in (*trial.op.operands, trial.node):
+        for axis in _axes(trial, node):
+            counts.setdefault(trial.program.infos[node].sizes[axis], set()).add(keep.count(node, axis))
+    return any(1 in found and max(found) > 1 for found in counts.values())
 
 
 def size_of(trial: Trial) -> int:
