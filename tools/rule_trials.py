@@ -97,8 +97,12 @@ class Trial(Case):
     def fill(self, wide: bool = True) -> dict[fx.Node, Tensor]:
         """Values that agree with the facts, the unknown entries of varied scale and sign."""
         found = {}
+        pick = int(torch.randint(len(self.palette), (), generator=self.generator))
+        everywhere = self.palette[pick] if wide and self.coin(0.15) else None
         for (node, variable), facts in zip(self.variables, self._variable_facts(), strict=True):
             fresh = self._fresh(node, variable) if wide else variable.sample(self.generator)
+            if everywhere is not None:
+                fresh = everywhere.to(fresh.dtype).expand(fresh.shape)
             found[node] = torch.where(facts.known, self.base[node], fresh)
         return found
 

@@ -45,8 +45,7 @@ SAFE_BINARY = (
     aten.clamp_max.Tensor, aten.div.Scalar,
     aten.eq.Tensor, aten.eq.Scalar, aten.ne.Tensor, aten.ne.Scalar, aten.lt.Tensor, aten.lt.Scalar,
     aten.le.Tensor, aten.le.Scalar, aten.gt.Tensor, aten.gt.Scalar, aten.ge.Tensor, aten.ge.Scalar,
-    aten.logical_and.default, aten.logical_or.default, aten.logical_xor.default,
-    aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.bitwise_xor.Tensor,
+    aten.logical_xor.default, aten.bitwise_xor.Tensor,
     aten.lerp.Scalar, aten.lerp.Tensor, aten.fmax.default, aten.fmin.default, aten.hypot.default,
     aten.logaddexp.default, aten.copysign.Tensor, aten.copysign.Scalar, aten.heaviside.default, aten.clip.Tensor,
 )  # fmt: skip
@@ -92,6 +91,30 @@ class Pointwise(Rule):
     def couple(self, op: Op, keep: KeepSets, facts: Sequence[Facts]) -> None:
         for operand in op.operands:
             couple_broadcast(op, operand, keep)
+
+
+@rule(aten.logical_and.default, aten.bitwise_and.Tensor)
+class And(Pointwise):
+    """A conjunction, known to be false (all bits 0) where either side is."""
+
+    def known(self, op: Op, facts: Sequence[Facts]) -> Tensor:
+        return super().known(op, facts) | self.decided(op, facts)
+
+    def decided(self, op: Op, facts: Sequence[Facts]) -> Tensor:
+        """Where one side alone gives the result."""
+        return _any([_aligned(fact.known & (fact.value == 0), op.out.rank) for fact in facts])
+
+
+@rule(aten.logical_or.default, aten.bitwise_or.Tensor)
+class Or(And):
+    """A disjunction, known to be true (all bits 1) where either side is."""
+
+    def decided(self, op: Op, facts: Sequence[Facts]) -> Tensor:
+        is_logical = op.out.dtype == torch.bool
+        ones = [fact.value != 0 if is_logical else fact.value == -1 for fact in facts]
+        return _any(
+            [_aligned(fact.known & mask, op.out.rank) for fact, mask in zip(facts, ones, strict=True)]
+        )
 
 
 @rule(*UNSAFE)
@@ -252,14 +275,17 @@ def _all(masks: Sequence[Tensor]) -> Tensor:
     return result
 
 
+def _any(masks: Sequence[Tensor]) -> Tensor:
+    result = masks[0]
+    for mask in masks[1:]:
+        result = result | mask
+    return result
+
+
 def _zeros(op: Op, facts: Sequence[Facts]) -> Tensor | None:
     if op.out.dtype == torch.bool:
         return None
-    found = [_aligned(fact.known & (fact.value == 0), op.out.rank) for fact in facts]
-    result = found[0]
-    for mask in found[1:]:
-        result = result | mask
-    return result
+    return _any([_aligned(fact.known & (fact.value == 0), op.out.rank) for fact in facts])
 
 
 def _with_zeros(facts: Facts, zeros: Tensor | None) -> Facts:
