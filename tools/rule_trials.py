@@ -1,4 +1,4 @@
-"""One trial of a rule: is what it claims true, and does it claim what is true?
+"""One trial of a rule: whether what it claims is true, and whether it claims what is true.
 
 Incorrect is what breaks one of the three laws (tests/passes/rules/laws.py). Missing is, of a rule that is right:
 
@@ -90,7 +90,8 @@ class Trial(Case):
         """The call, and of each operand what is known (None: unknown)."""
         lines = [str(self.node.format_node())]
         for operand, facts in zip(self.op.operands, self.facts, strict=True):
-            value, known = torch.broadcast_tensors(facts.value, facts.known)
+            shape = torch.broadcast_shapes(facts.value.shape, facts.known.shape)
+            value, known = facts.value.expand(shape), facts.known.expand(shape)
             lines.append(f"{operand}, {tuple(value.shape)}: {_listed(value.tolist(), known.tolist())}")
         return "\n".join(lines)
 
@@ -113,7 +114,7 @@ class Trial(Case):
         if not variable.dtype.is_floating_point:
             return torch.randint(-4, 9, variable.shape, generator=self.generator).to(variable.dtype)
         unit = torch.randn(variable.shape, generator=self.generator, dtype=variable.dtype)
-        value = unit * 10.0 ** float(torch.empty(()).uniform_(-1.5, 1.5, generator=self.generator))
+        value: Tensor = unit * 10.0 ** float(torch.empty(()).uniform_(-1.5, 1.5, generator=self.generator))
         if self.coin(0.3):
             value = value.abs() * (1 if self.coin() else -1)
         if self.coin(0.4):
@@ -137,9 +138,7 @@ def _listed(value: object, known: object) -> object:
 
 
 def _palette(sample: Sample) -> Tensor:
-    numbers = [
-        float(leaf) for leaf in leaves(sample) if isinstance(leaf, (int, float)) and abs(leaf) < 100
-    ]
+    numbers = [float(leaf) for leaf in leaves(sample) if isinstance(leaf, (int, float)) and abs(leaf) < 100]
     return torch.tensor([0.0, 0.0, 0.5, 1.0, -1.0, 2.0, -2.0, 3.0, *numbers], dtype=torch.float64)
 
 
@@ -151,7 +150,9 @@ def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
 
 def incorrect(trial: Trial, law: str) -> str | None:
     """How the rule breaks a law on this trial, at both sizes of dynamic axes; None where it holds."""
-    check = {"forward": laws.check_forward, "backward": laws.check_backward, "couple": laws.check_rewrite}[law]
+    check = {"forward": laws.check_forward, "backward": laws.check_backward, "couple": laws.check_rewrite}[
+        law
+    ]
     try:
         for _ in range(2):
             trial.base = trial.values()
@@ -186,8 +187,10 @@ def _fillings(trial: Trial, count: int) -> Iterator[dict[fx.Node, Tensor]]:
 
 
 def _missing_forward(trial: Trial, facts: Facts) -> Count:
-    """Entries whose smallest and largest value over all fillings agree."""
-    sizes = [trial.op.out.sizes[axis] if trial.op.out.is_static(axis) else 1 for axis in range(trial.op.out.rank)]
+    """Entries whose smallest and largest value over all fillings and sizes of dynamic axes agree."""
+    sizes = [
+        trial.op.out.sizes[axis] if trial.op.out.is_static(axis) else 1 for axis in range(trial.op.out.rank)
+    ]
     known = facts.known.expand(sizes)
     low, high = torch.full(sizes, torch.inf), torch.full(sizes, -torch.inf)
     low, high = low.double(), high.double()
@@ -197,6 +200,7 @@ def _missing_forward(trial: Trial, facts: Facts) -> Count:
             low, high = torch.minimum(low, least), torch.maximum(high, most)
             if position % 8 == 7 and not bool((_agree(low, high) & ~known).any()):
                 return Count(int(known.sum()), 0)
+        trial.resize()  # what holds at one size of a dynamic axis alone is no fact
     return Count(int(known.sum()), int((_agree(low, high) & ~known).sum()))
 
 
@@ -231,7 +235,9 @@ def _missing_backward(trial: Trial, facts: Facts, demand: Tensor) -> Count:
     for values in _fillings(trial, 4):
         for node, moved in _gradients(trial, values, asked).items():
             suspects[node] &= ~_spread(trial, node, moved)
-    entries = [(node, index) for node in suspects for index in suspects[node].flatten().nonzero().flatten().tolist()]
+    entries = [
+        (node, index) for node in suspects for index in suspects[node].flatten().nonzero().flatten().tolist()
+    ]
     random.Random(0).shuffle(entries)
     quiet = _quiet(trial, asked, entries[:LARGEST_SEARCH], FILLINGS)
     return Count(dead, len(_quiet(trial, asked, quiet, CONFIRMATIONS)))
@@ -247,7 +253,9 @@ def _gradients(trial: Trial, values: dict[fx.Node, Tensor], asked: Tensor) -> di
         result = trial.run(inputs)
         picked = result[asked & torch.isfinite(result.detach())]
         weights = torch.randn(picked.shape, generator=trial.generator, dtype=picked.dtype)
-        found = torch.autograd.grad((picked * weights).sum(), [inputs[node] for node in tracked], allow_unused=True)
+        found = torch.autograd.grad(
+            (picked * weights).sum(), [inputs[node] for node in tracked], allow_unused=True
+        )
     except (RuntimeError, NotImplementedError):
         return {}
     return {node: (part != 0) for node, part in zip(tracked, found, strict=True) if part is not None}
@@ -262,7 +270,9 @@ def _spread(trial: Trial, node: fx.Node, mask: Tensor) -> Tensor:
     return mask
 
 
-def _quiet(trial: Trial, asked: Tensor, entries: list[tuple[fx.Node, int]], count: int) -> list[tuple[fx.Node, int]]:
+def _quiet(
+    trial: Trial, asked: Tensor, entries: list[tuple[fx.Node, int]], count: int
+) -> list[tuple[fx.Node, int]]:
     """The entries of operands whose changes never change what is asked for: all of them, or those of each half."""
     if not entries:
         return []
@@ -291,7 +301,11 @@ def _missing_couple(trial: Trial, demand: Tensor) -> Count:
     solved = laws.start_keeping(trial, demand)
     assert solved is not None
     laws.solve(trial, solved.keep)
-    axes = [(node, axis) for node in (*dict.fromkeys(trial.op.operands), trial.node) for axis in _axes(trial, node)]
+    axes = [
+        (node, axis)
+        for node in (*dict.fromkeys(trial.op.operands), trial.node)
+        for axis in _axes(trial, node)
+    ]
     widened = [
         (node, axis, int(index))
         for node, axis in axes
@@ -302,7 +316,10 @@ def _missing_couple(trial: Trial, demand: Tensor) -> Count:
         if not group <= spare and _does_without(trial, start, set(widened) - group):
             spare |= group
     reasons = tuple(
-        why for node, axis in axes for why, number in solved.keep.reasons(node.name, axis) for _ in range(number)
+        why
+        for node, axis in axes
+        for why, number in solved.keep.reasons(node.name, axis)
+        for _ in range(number)
     )
     removed = sum(int((~solved.keep.get(node, axis)).sum()) for node, axis in axes)
     return Count(removed, len(spare), len(widened) - len(spare), reasons)
@@ -314,12 +331,18 @@ def _axes(trial: Trial, node: fx.Node) -> list[int]:
     return [axis for axis in info.static_axes if info.sizes[axis] > 1]
 
 
-def _removals(trial: Trial, widened: list[tuple[fx.Node, int, int]]) -> Iterator[set[tuple[fx.Node, int, int]]]:
+def _removals(
+    trial: Trial, widened: list[tuple[fx.Node, int, int]]
+) -> Iterator[set[tuple[fx.Node, int, int]]]:
     """What might go: everything, one index of all axes of a size, one index alone."""
     if widened:
         yield set(widened)
     for size, index in {(trial.program.infos[node].sizes[axis], index) for node, axis, index in widened}:
-        yield {entry for entry in widened if entry[2] == index and trial.program.infos[entry[0]].sizes[entry[1]] == size}
+        yield {
+            entry
+            for entry in widened
+            if entry[2] == index and trial.program.infos[entry[0]].sizes[entry[1]] == size
+        }
     for entry in widened:
         yield {entry}
 

@@ -51,7 +51,12 @@ def is_accepted(sample: Sample) -> bool:
     except Exception:  # the ways in which torch refuses a call have no common class
         return False
     sizes = [torch.Size(found).numel() for found in (shape, *(x.shape for x in variables))]
-    return shape == _shape(result) and 0 < min(sizes) and max(sizes) <= LARGEST and not _is_rounded(sample, result)
+    return (
+        shape == _shape(result)
+        and min(sizes) > 0
+        and max(sizes) <= LARGEST
+        and not _is_rounded(sample, result)
+    )
 
 
 def _shape_without_data(sample: Sample, shape_of: Callable[[X], tuple[int, ...]]) -> tuple[int, ...]:
@@ -89,7 +94,9 @@ def mapping(sample: Sample, function: Callable[[Any], Any]) -> Sample:
     """The sample with a function applied to every argument, inside lists too."""
 
     def walk(value: Any) -> Any:
-        return type(value)(walk(item) for item in value) if isinstance(value, (list, tuple)) else function(value)
+        return (
+            type(value)(walk(item) for item in value) if isinstance(value, (list, tuple)) else function(value)
+        )
 
     kwargs = {name: walk(value) for name, value in sample.kwargs.items()}
     return dataclasses.replace(sample, args=walk(sample.args), kwargs=kwargs)
@@ -159,7 +166,9 @@ def _rerank(sample: Sample, source: random.Random) -> Sample:
 def _retype(sample: Sample, source: random.Random) -> Sample:
     """Integers or truth values in the place of numbers."""
     dtype = source.choice((torch.int64, torch.int64, torch.bool))
-    return mapping(sample, lambda leaf: dataclasses.replace(leaf, dtype=dtype) if isinstance(leaf, X) else leaf)
+    return mapping(
+        sample, lambda leaf: dataclasses.replace(leaf, dtype=dtype) if isinstance(leaf, X) else leaf
+    )
 
 
 def _release(sample: Sample, source: random.Random) -> Sample:
@@ -172,7 +181,9 @@ def _release(sample: Sample, source: random.Random) -> Sample:
             return leaf
         rank = len(leaf.shape)
         fresh = [
-            axis for axis in range(rank) if (leaf.shape[axis] == size if by_size else axis in {position, position + rank})
+            axis
+            for axis in range(rank)
+            if (leaf.shape[axis] == size if by_size else axis in {position, position + rank})
         ]
         return dataclasses.replace(leaf, dynamic=tuple(sorted({*leaf.dynamic, *fresh})))
 

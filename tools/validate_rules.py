@@ -92,6 +92,7 @@ class Row:
     """What was found for one overload."""
 
     overload: str
+    module: str
     samples: int = 0
     counts: dict[str, Count] = field(default_factory=lambda: {law: Count() for law in LAWS})
     incorrect: int = 0
@@ -111,7 +112,11 @@ class Row:
     @property
     def unexplained(self) -> list[str]:
         """The laws in which it misses something without a reason in the table."""
-        return [law for law in self.missed if not reasons_for(self.overload, law)]
+        return [law for law in self.missed if not self.reasons(law)]
+
+    def reasons(self, law: str) -> tuple[str, ...]:
+        """Why the rule misses what it misses in one law."""
+        return reasons_for(self.overload, self.module, law)
 
     @property
     def is_bad(self) -> bool:
@@ -125,7 +130,7 @@ class Row:
 
 def validate(overload: Any, samples: int, seed: int) -> Row:
     """Try the rule of an overload on random variants of its sample calls."""
-    row = Row(str(overload))
+    row = Row(str(overload), type(registered_rules()[overload]).__module__)
     torch.manual_seed(0)
     originals = samples_of(overload)
     for number in range(samples):
@@ -164,7 +169,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--op", default="", metavar="NAME", help="only overloads whose names contain this")
     made.add_argument("--samples", type=int, default=40, metavar="N", help="for each overload (default 40)")
-    made.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other samples (default 0)")
+    made.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="another seed, other samples (default 0)"
+    )
     made.add_argument("--show-repro", action="store_true", help="print python that reproduces each finding")
     made.add_argument("--json", action="store_true", help="print the rows as JSON")
     made.add_argument("--write", action="store_true", help="write docs/results/rules.md")
@@ -203,7 +210,7 @@ def show(row: Row, with_repro: bool) -> None:
         if kind == "incorrect":
             print(f"INCORRECT {row.overload} {law}: {finding.text}")
         else:
-            reason = "; ".join(reasons_for(row.overload, law)) or "no reason given"
+            reason = " ".join(row.reasons(law)) or "no reason given"
             print(f"missing   {row.overload} {law}: {row.counts[law].missed} missed: {reason}")
         if with_repro:
             print("\n".join(f"    {line}" for line in finding.repro().splitlines()))
@@ -218,7 +225,7 @@ def as_json(row: Row) -> dict[str, Any]:
         "incorrect": row.incorrect,
         **{law: {"claimed": row.counts[law].claimed, "missed": row.counts[law].missed} for law in LAWS},
         "widened": dict(collections.Counter(row.counts["couple"].reasons)),
-        "reasons": {law: list(reasons_for(row.overload, law)) for law in row.missed},
+        "reasons": {law: list(row.reasons(law)) for law in row.missed},
         "unexplained": row.unexplained,
         "findings": [
             {"law": law, "kind": kind, "text": finding.text, "repro": finding.repro()}
@@ -269,7 +276,7 @@ def document(rows: Sequence[Row], options: argparse.Namespace) -> str:
 
 
 def _reasons(rows: Iterable[Row]) -> Iterable[str]:
-    return (reason for row in rows for law in row.missed for reason in reasons_for(row.overload, law))
+    return (reason for row in rows for law in row.missed for reason in row.reasons(law))
 
 
 def _line(row: Row, numbered: Sequence[str]) -> str:
