@@ -7,7 +7,8 @@ couple: equal axes keep equal indices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -173,18 +174,23 @@ MASKED_FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 
 @rule(*WHERE, *MASKED_FILL)
 class Where(Pointwise):
-    """A choice between "yes" and "no", tensors or numbers; with a known condition only the chosen side counts."""
+    """A choice between "yes" and "no", tensors or numbers.
+
+    With a known condition only the chosen side counts; between equal constants no condition does.
+    """
 
     def applies(self, op: Op) -> bool:
         condition = op.info_of(op.args["mask"]) if op.target in MASKED_FILL else op.info_of(op.operands[0])
         return condition.dtype == torch.bool
 
+    def arguments(self, op: Op) -> dict[str, Any]:
+        """The arguments by what they are."""
+        order = ("no", "condition", "yes") if op.target in MASKED_FILL else ("condition", "yes", "no")
+        return dict(zip(order, op.args.values(), strict=True))
+
     def roles(self, op: Op) -> list[str]:
         """What each tensor operand is."""
-        order = ("no", "condition", "yes") if op.target in MASKED_FILL else ("condition", "yes", "no")
-        return [
-            role for role, value in zip(order, op.args.values(), strict=True) if value in op.program.infos
-        ]
+        return [role for role, value in self.arguments(op).items() if value in op.program.infos]
 
     def known(self, op: Op, facts: Sequence[Facts]) -> Tensor:
         found = dict(zip(self.roles(op), facts, strict=True))
@@ -194,7 +200,15 @@ class Where(Pointwise):
         )
         always, never = _decided(op, found["condition"])
         both = _all([_aligned(found["condition"].known, op.out.rank), yes, no])
-        return both | (always & yes) | (never & no)
+        return both | (always & yes) | (never & no) | (yes & no & self._are_equal(op, found))
+
+    def _are_equal(self, op: Op, found: Mapping[str, Facts]) -> Tensor:
+        """Where both sides hold the same stored value."""
+        yes, no = (
+            _aligned(found[role].value, op.out.rank) if role in found else self.arguments(op)[role]
+            for role in ("yes", "no")
+        )
+        return torch.as_tensor(yes == no)
 
     def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
         roles = self.roles(op)
