@@ -20,6 +20,7 @@ import importlib.machinery
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -107,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     scores = score(drawn, tests, seconds, options.jobs)
     print(table(scores))
-    print(f"{time.perf_counter() - start:.0f} s")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"{time.perf_counter() - start:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of them computing")
     if options.write:
         RESULT.write_text(document(scores, len(everything), options), encoding="utf-8")
     return 0

@@ -90,8 +90,8 @@ class Trial(Case):
         """The call, and of each operand what is known (None: unknown)."""
         lines = [str(self.node.format_node())]
         for operand, facts in zip(self.op.operands, self.facts, strict=True):
-            shape = torch.broadcast_shapes(facts.value.shape, facts.known.shape)
-            value, known = facts.value.expand(shape), facts.known.expand(shape)
+            known = facts.known | torch.zeros_like(facts.value, dtype=torch.bool)
+            value = facts.value.expand(known.shape)
             lines.append(f"{operand}, {tuple(value.shape)}: {_listed(value.tolist(), known.tolist())}")
         return "\n".join(lines)
 
