@@ -16,7 +16,7 @@ that saturation, comparisons and ties show. What still looks the same is tried t
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,8 @@ from torch import Tensor, fx
 from passes.ir.analysis import Analysis
 from passes.ir.keep import KeepSets
 from passes.ir.lattice import Facts, full_mask
+from passes.ir.program import Op, TensorInfo
+from passes.rules import rule_for
 from tests.passes.rules import laws
 from tests.passes.rules.laws import Case, Sample, X
 
@@ -71,7 +73,7 @@ class Trial(Case):
         if self.style == "nothing":
             known = ~known
         elif self.style == "zeros":
-            value, known = torch.zeros_like(value), self.stored_mask(operand)
+            value, known = torch.zeros_like(value), self.mask(self.program.infos[operand])
         elif self.style == "entries":
             static = self.program.infos[operand].static_axes
             sizes = [size if axis in static else 1 for axis, size in enumerate(value.shape)]
@@ -83,12 +85,14 @@ class Trial(Case):
             if axis in self.program.infos[operand].static_axes:
                 shape = [-1 if other == axis else 1 for other in range(rank)]
                 known = (torch.rand(value.shape[axis], generator=self.generator) < 0.6).reshape(shape)
+        for axis in range(rank):
+            value = value if self.program.infos[operand].is_static(axis) else value.narrow(axis, 0, 1)
         self.base[operand] = value.expand(self.base[operand].shape).clone()
-        return self._flattened(operand, Facts(value, known))
+        return Facts(value, known)
 
     def __str__(self) -> str:
         """The call, and of each operand what is known (None: unknown)."""
-        lines = [str(self.node.format_node())]
+        lines = [str(self.op.source.format_node())]
         for operand, facts in zip(self.op.operands, self.facts, strict=True):
             known = facts.known | torch.zeros_like(facts.value, dtype=torch.bool)
             value = facts.value.expand(known.shape)
@@ -165,38 +169,36 @@ def incorrect(trial: Trial, law: str) -> str | None:
 
 def missing(trial: Trial, law: str) -> Count:
     """What the rule claims on this trial and what it misses; for a rule that is right."""
-    facts = trial.rule.forward(trial.op, trial.facts).finite()
-    if all(fact.all_known for fact in trial.facts) or not isinstance(trial.run(trial.values()), Tensor):
+    if all(fact.all_known for fact in trial.facts):
         return Count()  # the analysis runs such a call itself
-    if law == "forward":
-        return _missing_forward(trial, facts)
-    demand = trial.stored_mask(trial.node)
-    return _missing_backward(trial, facts, demand) if law == "backward" else _missing_couple(trial, demand)
+    if law == "couple":
+        return _missing_couple(trial)
+    found = _missing_forward if law == "forward" else _missing_backward
+    return sum((found(trial, op) for op in trial.ops), Count())
 
 
-def _fillings(trial: Trial, count: int) -> Iterator[dict[fx.Node, Tensor]]:
+def _fillings(trial: Trial, op: Op, count: int) -> Iterator[dict[fx.Node, Tensor]]:
     """Wide fillings where the call takes them, else those of the sample's own range."""
     wide = True
     try:
         for _ in range(3):
-            trial.run(trial.fill())
+            trial.run(op, trial.fill())
     except (RuntimeError, IndexError):
         wide = False
     for _ in range(count):
         yield trial.fill(wide)
 
 
-def _missing_forward(trial: Trial, facts: Facts) -> Count:
+def _missing_forward(trial: Trial, op: Op) -> Count:
     """Entries whose smallest and largest value over all fillings and sizes of dynamic axes agree."""
-    sizes = [
-        trial.op.out.sizes[axis] if trial.op.out.is_static(axis) else 1 for axis in range(trial.op.out.rank)
-    ]
+    info, facts = op.out, trial.forward(op)
+    sizes = [size if info.is_static(axis) else 1 for axis, size in enumerate(info.sizes)]
     known = facts.known.expand(sizes)
     low, high = torch.full(sizes, torch.inf), torch.full(sizes, -torch.inf)
     low, high = low.double(), high.double()
     for count in (FILLINGS, CONFIRMATIONS):
-        for position, values in enumerate(_fillings(trial, count)):
-            least, most = _extremes(trial, trial.run(values))
+        for position, values in enumerate(_fillings(trial, op, count)):
+            least, most = _extremes(info, trial.run(op, values))
             low, high = torch.minimum(low, least), torch.maximum(high, most)
             if position % 8 == 7 and not bool((_agree(low, high) & ~known).any()):
                 return Count(int(known.sum()), 0)
@@ -208,49 +210,50 @@ def _agree(low: Tensor, high: Tensor) -> Tensor:
     return torch.isfinite(low) & torch.isfinite(high) & (high - low <= SAME * high.abs())
 
 
-def _extremes(trial: Trial, result: Tensor) -> tuple[Tensor, Tensor]:
+def _extremes(info: TensorInfo, result: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the largest value along dynamic axes; entries that are not finite say nothing."""
     value = result.detach().to(torch.float64)
     least = torch.where(torch.isfinite(value), value, torch.inf)
     most = torch.where(torch.isfinite(value), value, -torch.inf)
     for axis in range(value.ndim):
-        if not trial.op.out.is_static(axis):
+        if not info.is_static(axis):
             least, most = least.amin(axis, keepdim=True), most.amax(axis, keepdim=True)
     return least, most
 
 
-def _missing_backward(trial: Trial, facts: Facts, demand: Tensor) -> Count:
+def _missing_backward(trial: Trial, op: Op) -> Count:
     """Live, unknown entries that no change of a demanded, unknown result entry can be traced to."""
-    asked = (demand & ~facts.known).expand(trial.op.out.sizes)
+    wanted = trial.mask(op.out) & ~trial.forward(op).known
+    asked = wanted.expand(op.out.sizes)
     if not bool(asked.any()):
         return Count()
-    live = {node: full_mask(trial.op.info_of(node), False) for node, _ in trial.variables}
-    masks = trial.rule.backward(trial.op, demand & ~facts.known, trial.facts)
-    for operand, mask in zip(trial.op.operands, masks, strict=True):
+    live = {node: full_mask(op.info_of(node), False) for node, _ in trial.variables}
+    masks = rule_for(op).backward(op, wanted, trial.facts)
+    for operand, mask in zip(op.operands, masks, strict=True):
         if operand in live:
             live[operand] = live[operand] | mask
-    unknown = dict(zip(trial.op.operands, (~fact.known for fact in trial.facts), strict=True))
+    unknown = dict(zip(op.operands, (~fact.known for fact in trial.facts), strict=True))
     suspects = {node: (live[node] & unknown[node]).expand(x.shape).clone() for node, x in trial.variables}
     dead = sum(int((~live[node] & unknown[node]).expand(x.shape).sum()) for node, x in trial.variables)
-    for values in _fillings(trial, 4):
-        for node, moved in _gradients(trial, values, asked).items():
+    for values in _fillings(trial, op, 4):
+        for node, moved in _gradients(trial, op, values, asked).items():
             suspects[node] &= ~_spread(trial, node, moved)
     entries = [
         (node, index) for node in suspects for index in suspects[node].flatten().nonzero().flatten().tolist()
     ]
     random.Random(0).shuffle(entries)
-    quiet = _quiet(trial, asked, entries[:LARGEST_SEARCH], FILLINGS)
-    return Count(dead, len(_quiet(trial, asked, quiet, CONFIRMATIONS)))
+    quiet = _quiet(trial, op, asked, entries[:LARGEST_SEARCH], FILLINGS)
+    return Count(dead, len(_quiet(trial, op, asked, quiet, CONFIRMATIONS)))
 
 
-def _gradients(trial: Trial, values: dict[fx.Node, Tensor], asked: Tensor) -> dict[fx.Node, Tensor]:
+def _gradients(trial: Trial, op: Op, values: dict[fx.Node, Tensor], asked: Tensor) -> dict[fx.Node, Tensor]:
     """Where a random combination of the asked entries has a gradient; empty for what has no gradients."""
     inputs = {node: value.clone() for node, value in values.items()}
     tracked = [node for node, value in inputs.items() if value.is_floating_point()]
     for node in tracked:
         inputs[node].requires_grad_()
     try:
-        result = trial.run(inputs)
+        result = trial.run(op, inputs)
         picked = result[asked & torch.isfinite(result.detach())]
         weights = torch.randn(picked.shape, generator=trial.generator, dtype=picked.dtype)
         found = torch.autograd.grad(
@@ -271,41 +274,34 @@ def _spread(trial: Trial, node: fx.Node, mask: Tensor) -> Tensor:
 
 
 def _quiet(
-    trial: Trial, asked: Tensor, entries: list[tuple[fx.Node, int]], count: int
+    trial: Trial, op: Op, asked: Tensor, entries: list[tuple[fx.Node, int]], count: int
 ) -> list[tuple[fx.Node, int]]:
     """The entries of operands whose changes never change what is asked for: all of them, or those of each half."""
     if not entries:
         return []
-    for values in _fillings(trial, count):
+    for values, fresh in zip(_fillings(trial, op, count), _fillings(trial, op, count), strict=True):
         changed = {node: value.clone() for node, value in values.items()}
-        fresh = trial.fill()
         for node, index in entries:
             changed[node].view(-1)[index] = fresh[node].reshape(-1)[index]
-        try:
-            before, after = trial.run(values)[asked], trial.run(changed)[asked]
-        except (RuntimeError, IndexError):
-            continue
+        before, after = trial.run(op, values)[asked], trial.run(op, changed)[asked]
         if not bool(torch.isclose(before, after, rtol=1e-12, atol=0.0, equal_nan=True).all()):
             if len(entries) == 1:
                 return []
             half = len(entries) // 2
-            return _quiet(trial, asked, entries[:half], count) + _quiet(trial, asked, entries[half:], count)
+            return _quiet(trial, op, asked, entries[:half], count) + _quiet(
+                trial, op, asked, entries[half:], count
+            )
     return entries
 
 
-def _missing_couple(trial: Trial, demand: Tensor) -> Count:
+def _missing_couple(trial: Trial) -> Count:
     """Indices kept beyond the necessary ones, and those of them that the rewrite can do without."""
-    start = laws.start_keeping(trial, demand)
-    if start is None:
+    start = laws.start_keeping(trial)
+    solved = _with_keep(trial, start, ())
+    laws.solve(trial, solved)
+    if not laws.left_over(trial, solved):
         return Count()
-    solved = laws.start_keeping(trial, demand)
-    assert solved is not None
-    laws.solve(trial, solved.keep)
-    axes = [
-        (node, axis)
-        for node in (*dict.fromkeys(trial.op.operands), trial.node)
-        for axis in _axes(trial, node)
-    ]
+    axes = [(node, axis) for node in _values(trial) for axis in _axes(trial, node)]
     widened = [
         (node, axis, int(index))
         for node, axis in axes
@@ -349,25 +345,36 @@ def _removals(
 
 def _does_without(trial: Trial, start: Analysis, widened: set[tuple[fx.Node, int, int]]) -> bool:
     """Whether the rewrite obeys law 3 with the necessary indices and these."""
-    keep = KeepSets(trial.program.infos)
-    for node in (*trial.op.operands, trial.node):
-        keep.start(node, start.demand[node.name] & ~start.facts[node.name].known)
-    for node, axis, index in widened:
-        keep.widen(node, axis, torch.arange(trial.program.infos[node].sizes[axis]) == index)
-    if _may_broadcast(trial, keep):
+    fewer = _with_keep(trial, start, widened)
+    if _may_broadcast(trial, fewer.keep):
         return False
     try:
         for _ in range(3):
-            laws.check_kept(trial, Analysis(start.facts, start.demand, keep))
+            laws.check_kept(trial, fewer)
     except Exception:  # with fewer indices the rewrite may fail in any way
         return False
     return True
 
 
+def _with_keep(trial: Trial, start: Analysis, widened: Iterable[tuple[fx.Node, int, int]]) -> Analysis:
+    """Keep sets of what is necessary and of some more indices."""
+    keep = KeepSets(trial.program.infos)
+    for node in _values(trial):
+        keep.start(node, start.demand[node.name] & ~start.facts[node.name].known)
+    for node, axis, index in widened:
+        keep.widen(node, axis, torch.arange(trial.program.infos[node].sizes[axis]) == index)
+    return Analysis(start.facts, start.demand, keep)
+
+
+def _values(trial: Trial) -> list[fx.Node]:
+    """Operands and results."""
+    return list(dict.fromkeys((*trial.op.operands, *(op.node for op in trial.ops))))
+
+
 def _may_broadcast(trial: Trial, keep: KeepSets) -> bool:
     """Whether one index is left of an axis and several of another of its size, so that the first may be repeated."""
     counts: dict[int, set[int]] = {}
-    for node in (*trial.op.operands, trial.node):
+    for node in _values(trial):
         for axis in _axes(trial, node):
             counts.setdefault(trial.program.infos[node].sizes[axis], set()).add(keep.count(node, axis))
     return any(1 in found and max(found) > 1 for found in counts.values())

@@ -42,10 +42,10 @@ def is_accepted(sample: Sample) -> bool:
     if any(x.shape[axis] < 2 for x in variables for axis in x.dynamic):
         return False
     try:
-        _shape_without_data(sample, lambda x: x.resized(35))
-        other = _shape_without_data(sample, lambda x: x.resized(2))
+        _shape_without_data(sample, lambda x: x.scaled(5))
+        other = _shape_without_data(sample, lambda x: x.scaled(2))
         shape = _shape_without_data(sample, lambda x: x.shape)
-        if other != _shape(run(sample, lambda x: draw(x.resized(2), x))):
+        if other != _shape(run(sample, lambda x: draw(x.scaled(2), x))):
             return False
         result = run(sample, lambda x: draw(x.shape, x))
     except Exception:  # the ways in which torch refuses a call have no common class

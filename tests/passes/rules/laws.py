@@ -229,11 +229,11 @@ def left_over(case: Case, analysis: Analysis) -> list[Op]:
 
 def solve(case: Case, analysis: Analysis) -> None:
     """Widen the keep sets until the rules can serve them."""
-    ops, keep = left_over(case, analysis), analysis.keep
+    keep = analysis.keep
     keep.changed = True
     while keep.changed:
         keep.changed = False
-        for op in ops:
+        for op in left_over(case, analysis):
             rule_for(op).couple(op, keep, case.facts)
 
 

@@ -13,7 +13,7 @@ def known_of(overload, *operands):
     for position, operand in enumerate(case.op.operands):
         if operand.op == "placeholder":
             case.facts[position] = Facts.unknown(case.op.info_of(operand))
-    facts = case.rule.forward(case.op, case.facts)
+    facts = case.forward(case.op)
     shape = case.op.out.sizes
     pairs = zip(facts.value.expand(shape).tolist(), facts.known.expand(shape).tolist(), strict=True)
     return [value if known else None for value, known in pairs]
