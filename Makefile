@@ -4,18 +4,23 @@
 #   make test-slow  the tests that are left out of `make test`
 #   make fuzz       random networks, FUZZ_GRAPHS of them from FUZZ_SEED on
 #   make zoo        every architecture of tests/zoo, masked and compiled, against a bound (half an hour on two cores)
+#   make rules      every rule against the real operator, RULE_SAMPLES samples each, from RULE_SEED on
+#   make mutation   MUTANTS small changes of the passes, and whether the tests notice
 #   make cuda       the checks and timings that need a GPU, in an environment of their own
 #   make clean      remove what the targets made, the environment included
 
 VENV ?= .venv
 FUZZ_GRAPHS ?= 2000
 FUZZ_SEED ?= 0
+RULE_SAMPLES ?= 40
+RULE_SEED ?= 0
+MUTANTS ?= 300
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DEMO_MODEL := models/lenet5-sbp-digits.pt
 
-.PHONY: cuda demo test test-slow fuzz zoo lint clean
+.PHONY: cuda demo test test-slow fuzz zoo rules mutation lint clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -33,6 +38,12 @@ fuzz: $(READY)
 
 zoo: $(READY)
 	$(BIN)/python tools/zoo.py --write
+
+rules: $(READY)
+	$(BIN)/python tools/validate_rules.py --samples $(RULE_SAMPLES) --seed $(RULE_SEED) --write
+
+mutation: $(READY)
+	$(BIN)/python tools/mutation.py --mutants $(MUTANTS) --jobs 2 --write
 
 # onnxruntime and onnxruntime-gpu hold the same files: the second replaces the first.
 cuda:

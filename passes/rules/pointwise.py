@@ -7,7 +7,8 @@ couple: equal axes keep equal indices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -45,8 +46,7 @@ SAFE_BINARY = (
     aten.clamp_max.Tensor, aten.div.Scalar,
     aten.eq.Tensor, aten.eq.Scalar, aten.ne.Tensor, aten.ne.Scalar, aten.lt.Tensor, aten.lt.Scalar,
     aten.le.Tensor, aten.le.Scalar, aten.gt.Tensor, aten.gt.Scalar, aten.ge.Tensor, aten.ge.Scalar,
-    aten.logical_and.default, aten.logical_or.default, aten.logical_xor.default,
-    aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.bitwise_xor.Tensor,
+    aten.logical_xor.default, aten.bitwise_xor.Tensor,
     aten.lerp.Scalar, aten.lerp.Tensor, aten.fmax.default, aten.fmin.default, aten.hypot.default,
     aten.logaddexp.default, aten.copysign.Tensor, aten.copysign.Scalar, aten.heaviside.default, aten.clip.Tensor,
 )  # fmt: skip
@@ -92,6 +92,30 @@ class Pointwise(Rule):
     def couple(self, op: Op, keep: KeepSets, facts: Sequence[Facts]) -> None:
         for operand in op.operands:
             couple_broadcast(op, operand, keep)
+
+
+@rule(aten.logical_and.default, aten.bitwise_and.Tensor)
+class And(Pointwise):
+    """A conjunction, known to be false (all bits 0) where either side is."""
+
+    def known(self, op: Op, facts: Sequence[Facts]) -> Tensor:
+        return super().known(op, facts) | self.decided(op, facts)
+
+    def decided(self, op: Op, facts: Sequence[Facts]) -> Tensor:
+        """Where one side alone gives the result."""
+        return _any([_aligned(fact.known & (fact.value == 0), op.out.rank) for fact in facts])
+
+
+@rule(aten.logical_or.default, aten.bitwise_or.Tensor)
+class Or(And):
+    """A disjunction, known to be true (all bits 1) where either side is."""
+
+    def decided(self, op: Op, facts: Sequence[Facts]) -> Tensor:
+        is_logical = op.out.dtype == torch.bool
+        ones = [fact.value != 0 if is_logical else fact.value == -1 for fact in facts]
+        return _any(
+            [_aligned(fact.known & mask, op.out.rank) for fact, mask in zip(facts, ones, strict=True)]
+        )
 
 
 @rule(*UNSAFE)
@@ -150,18 +174,23 @@ MASKED_FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 
 @rule(*WHERE, *MASKED_FILL)
 class Where(Pointwise):
-    """A choice between "yes" and "no", tensors or numbers; with a known condition only the chosen side counts."""
+    """A choice between "yes" and "no", tensors or numbers.
+
+    With a known condition only the chosen side counts; between equal constants no condition does.
+    """
 
     def applies(self, op: Op) -> bool:
         condition = op.info_of(op.args["mask"]) if op.target in MASKED_FILL else op.info_of(op.operands[0])
         return condition.dtype == torch.bool
 
+    def arguments(self, op: Op) -> dict[str, Any]:
+        """The arguments by what they are."""
+        order = ("no", "condition", "yes") if op.target in MASKED_FILL else ("condition", "yes", "no")
+        return dict(zip(order, op.args.values(), strict=True))
+
     def roles(self, op: Op) -> list[str]:
         """What each tensor operand is."""
-        order = ("no", "condition", "yes") if op.target in MASKED_FILL else ("condition", "yes", "no")
-        return [
-            role for role, value in zip(order, op.args.values(), strict=True) if value in op.program.infos
-        ]
+        return [role for role, value in self.arguments(op).items() if value in op.program.infos]
 
     def known(self, op: Op, facts: Sequence[Facts]) -> Tensor:
         found = dict(zip(self.roles(op), facts, strict=True))
@@ -171,7 +200,15 @@ class Where(Pointwise):
         )
         always, never = _decided(op, found["condition"])
         both = _all([_aligned(found["condition"].known, op.out.rank), yes, no])
-        return both | (always & yes) | (never & no)
+        return both | (always & yes) | (never & no) | (yes & no & self._are_equal(op, found))
+
+    def _are_equal(self, op: Op, found: Mapping[str, Facts]) -> Tensor:
+        """Where both sides hold the same stored value."""
+        yes, no = (
+            _aligned(found[role].value, op.out.rank) if role in found else self.arguments(op)[role]
+            for role in ("yes", "no")
+        )
+        return torch.as_tensor(yes == no)
 
     def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
         roles = self.roles(op)
@@ -252,14 +289,17 @@ def _all(masks: Sequence[Tensor]) -> Tensor:
     return result
 
 
+def _any(masks: Sequence[Tensor]) -> Tensor:
+    result = masks[0]
+    for mask in masks[1:]:
+        result = result | mask
+    return result
+
+
 def _zeros(op: Op, facts: Sequence[Facts]) -> Tensor | None:
     if op.out.dtype == torch.bool:
         return None
-    found = [_aligned(fact.known & (fact.value == 0), op.out.rank) for fact in facts]
-    result = found[0]
-    for mask in found[1:]:
-        result = result | mask
-    return result
+    return _any([_aligned(fact.known & (fact.value == 0), op.out.rank) for fact in facts])
 
 
 def _with_zeros(facts: Facts, zeros: Tensor | None) -> Facts:

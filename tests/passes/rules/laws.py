@@ -5,7 +5,7 @@ sets, on all results of a call that has several. "x" is always an x that agrees 
 """
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,6 +119,16 @@ class Case:
             self.base[operand] = torch.zeros_like(self.base[operand])
         return Facts(value, known)
 
+    def resize(self) -> None:
+        """Go on at larger sizes of the dynamic axes; the facts stay as they are."""
+        for position, (node, variable) in enumerate(self.variables):
+            value = self.base[node]
+            for axis in variable.dynamic:
+                value = value.narrow(axis, 0, 1)
+            larger = replace(variable, shape=variable.scaled(2))
+            self.variables[position] = node, larger
+            self.base[node] = value.expand(larger.shape).clone()
+
     def mask(self, info: TensorInfo) -> Tensor:
         """A random mask in stored form: it varies along a random choice of static axes."""
         stored = [
@@ -190,28 +200,12 @@ def check_backward(case: Case) -> None:
 
 def check_rewrite(case: Case) -> None:
     """Law 3: the rewritten op on the kept entries of x gives the kept entries of op(x) that are known or live."""
-    analysis = _analysis(case)
-    by_name, keep = analysis.facts, analysis.keep
-    kept = [op for op in case.ops if not is_constant(case.program, op.node, by_name)]
-    kept = [op for op in kept if not keep.is_empty(op.node)]
-    if not kept:
-        return
-    _solve(kept, case, keep)
-    values = case.values()
-    results = _run_rewritten(_absorbed(case, analysis), case, analysis, values)
-    for op in kept:
-        wanted, result = case.run(op, values), results[op.node.name]
-        mine = (analysis.demand[op.node.name] | by_name[op.node.name].known).expand(wanted.shape)
-        for axis in op.out.static_axes:
-            index = keep.index(op.node, axis)
-            if index is not None:
-                wanted, mine = wanted.index_select(axis, index), mine.index_select(axis, index)
-        assert result.shape == wanted.shape, f"{op.target}: have {result.shape}, want {wanted.shape}"
-        mine = mine & _finite(wanted)
-        _assert_equal(wanted[mine], result[mine], op, "rewrite")
+    analysis = start_keeping(case)
+    solve(case, analysis)
+    check_kept(case, analysis)
 
 
-def _analysis(case: Case) -> Analysis:
+def start_keeping(case: Case) -> Analysis:
     """Facts, random demand, and the keep sets before any coupling."""
     by_name = {node.name: fact for node, fact in zip(case.op.operands, case.facts, strict=True)}
     demands = {node.name: full_mask(case.op.info_of(node), False) for node in case.op.operands}
@@ -227,12 +221,39 @@ def _analysis(case: Case) -> Analysis:
     return Analysis(by_name, demands, keep)
 
 
-def _solve(ops: list[Op], case: Case, keep: KeepSets) -> None:
+def left_over(case: Case, analysis: Analysis) -> list[Op]:
+    """The results of which something is kept and that are no constants."""
+    ops = [op for op in case.ops if not is_constant(case.program, op.node, analysis.facts)]
+    return [op for op in ops if not analysis.keep.is_empty(op.node)]
+
+
+def solve(case: Case, analysis: Analysis) -> None:
+    """Widen the keep sets until the rules can serve them."""
+    keep = analysis.keep
     keep.changed = True
     while keep.changed:
         keep.changed = False
-        for op in ops:
+        for op in left_over(case, analysis):
             rule_for(op).couple(op, keep, case.facts)
+
+
+def check_kept(case: Case, analysis: Analysis) -> None:
+    """Law 3 for given keep sets."""
+    kept, keep = left_over(case, analysis), analysis.keep
+    if not kept:
+        return
+    values = case.values()
+    results = _run_rewritten(_absorbed(case, analysis), case, analysis, values)
+    for op in kept:
+        wanted, result = case.run(op, values), results[op.node.name]
+        mine = (analysis.demand[op.node.name] | analysis.facts[op.node.name].known).expand(wanted.shape)
+        for axis in op.out.static_axes:
+            index = keep.index(op.node, axis)
+            if index is not None:
+                wanted, mine = wanted.index_select(axis, index), mine.index_select(axis, index)
+        assert result.shape == wanted.shape, f"{op.target}: have {result.shape}, want {wanted.shape}"
+        mine = mine & _finite(wanted)
+        _assert_equal(wanted[mine], result[mine], op, "rewrite")
 
 
 def _absorbed(case: Case, analysis: Analysis) -> Program:

@@ -104,6 +104,9 @@ def pointwise(overload: Any) -> list[Sample]:
         pairs = [(base, other), (base, second), (base, third)]
         if name in {"clamp", "clip"}:
             return [call(overload, base, other, None), call(overload, base, None, second)]
+        if name in BOOLEAN:
+            bits = torch.tensor([0, -1, 3, 0, -1]).reshape(5, 1, 1)
+            pairs.append((X((2, 5, 3, 4), torch.int64), bits))
         return [call(overload, *pair, **extra) for pair in pairs]
     if name == "_to_copy":
         return [call(overload, x(2, 5, 3, 4), dtype=torch.float32)]

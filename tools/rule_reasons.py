@@ -1,0 +1,76 @@
+"""Why a rule does not claim what it could: (patterns of overloads, laws, reason).
+
+tools/validate_rules.py lists what is missing; each missing claim needs a reason here, or a better rule. A pattern may
+name a rule file instead (`rules/window`), for what all of its operators share.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from passes.rules.pointwise import QUOTIENTS, UNSAFE
+
+_UNSAFE = " ".join(str(overload) for overload in (*UNSAFE, *QUOTIENTS, "aten.pow.Tensor_Scalar"))
+_COMPARISONS = " ".join(f"aten.{name}.*" for name in ("eq", "ne", "lt", "le", "gt", "ge"))
+
+REASONS: tuple[tuple[str, str, str], ...] = (
+    (
+        _UNSAFE,
+        "backward",
+        "May overflow or leave its domain: the operands keep their own values wherever they are kept, so all of them "
+        "are asked for.",
+    ),
+    (
+        "aten.isnan.* aten.isinf.* aten.isfinite.*",
+        "forward backward",
+        "Always the same for finite values, but asked for the sake of the others.",
+    ),
+    (
+        f"{_COMPARISONS} aten.clamp* aten.minimum.* aten.maximum.* aten.floor_divide.* aten.div.*_mode",
+        "forward backward",
+        "Decided by the range of the dtype or by extreme arguments (no integer equals 1.5, no truth value exceeds 1, "
+        "a clamp whose bounds meet): ranges are not tracked.",
+    ),
+    (
+        "aten.pow.* aten.fmod.* aten.remainder.*",
+        "forward backward",
+        "x ** 0, 1 ** x and x % 1 of integers do not depend on x: such a call is not looked for.",
+    ),
+    (
+        "rules/contraction",
+        "forward",
+        "A channel counts as known where it is known at all positions: positions are never removed one by one.",
+    ),
+    (
+        "rules/contraction",
+        "backward",
+        "Demand is passed on channel by channel, for all positions: positions are never removed one by one.",
+    ),
+    (
+        "rules/window rules/resample rules/padding",
+        "forward backward",
+        "Which entries a position reads is found axis by axis: several positions count as the box around them.",
+    ),
+    (
+        "rules/window rules/resample rules/padding",
+        "couple",
+        "Positions are kept whole; that some arguments would do with fewer (a window of 1, whole steps) is not looked "
+        "for.",
+    ),
+    (
+        "aten.std.* aten.var.*",
+        "forward backward",
+        "The variance of a single entry is 0 whatever it is: no network asks for it.",
+    ),
+)
+
+
+def reasons_for(overload: str, module: str, law: str) -> tuple[str, ...]:
+    """The reasons for what the rule of an overload, which lives in a module, misses in one law."""
+    home = "rules/" + module.rsplit(".", 1)[-1]
+    return tuple(
+        reason
+        for patterns, laws, reason in REASONS
+        if law in laws.split()
+        and any(pattern == home or fnmatchcase(overload, pattern) for pattern in patterns.split())
+    )
