@@ -135,7 +135,7 @@ def test_tied_output_words_stay_tied(tmp_path):
             return self.out(self.hidden(self.words(tokens))[0])
 
     shapes = compiled(Language(), tmp_path / "net.onnx", TOKENS)
-    assert [name for name, shape in shapes.items() if shape == (40, 12)] == ["words.weight"]
+    assert list(shapes.values()).count((40, 12)) == 1
 
 
 def test_a_compiled_tagger_is_compiled_to_itself():

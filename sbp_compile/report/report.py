@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -121,7 +122,7 @@ def build_report(
         step.after for step in steps if step.after.analysis is not None and step.name == "analyze_channels"
     ]
     rows = _layers(dense, small, analyses)
-    notes = (*notes, *_opaque_notes(small))
+    notes = (*notes, *_opaque_notes(small), *_untied_notes(dense, small))
     return Report(tuple(rows), count(dense), count(small), notes, verification, dict(seconds))
 
 
@@ -184,6 +185,21 @@ def _explained(name: str, channels: int, kept: int, analyses: Sequence[Analysed]
         reasons = {} if kept <= needed else dict(program.analysis.keep.reasons(name, axis))
     text = ", ".join(f"{number} for {why}" for why, number in reasons.items())
     return masked, text if kept > channels - masked else ""
+
+
+def _untied_notes(dense: Program, small: Program) -> list[Note]:
+    """Return one note for each constant with several readers that now has a version for some of them."""
+    constants = (node for node in dense.graph.nodes if node.op == "get_attr")
+    uses = Counter(str(node.target) for node in constants for _ in node.users)
+    notes = []
+    for name, readers in uses.items():
+        version = re.compile(rf"{re.escape(name)}(_\d+)?")
+        own = [other for other in small.constants if other == name or other not in uses]
+        written = sum(version.fullmatch(other) is not None for other in own)
+        if readers > 1 and written > 1:
+            text = f"its {readers} readers no longer need the same part of it: it is written {written} times"
+            notes.append(Note(name, text))
+    return notes
 
 
 def _is_opaque(program: Program, node: fx.Node) -> bool:

@@ -82,6 +82,22 @@ def test_operators_without_a_rule_are_named_with_their_number() -> None:
     assert "(2 in the network)" in note.text
 
 
+def test_a_shared_weight_that_is_written_twice_is_named() -> None:
+    class Towers(Masked):
+        def __init__(self, same: bool) -> None:
+            super().__init__()
+            self.register_buffer("other", self.mask if same else self.mask.roll(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            second = self.second(torch.relu(self.first(x.abs())) * self.other)
+            return super().forward(x) + second
+
+    notes = sbp_compile.compile(Towers(same=False), torch.randn(4, 6)).report.notes
+    assert {note.where for note in notes} == {"first.weight", "first.bias", "second.weight"}
+    assert all("written 2 times" in note.text for note in notes)
+    assert not sbp_compile.compile(Towers(same=True), torch.randn(4, 6)).report.notes
+
+
 def large_report(report: Report) -> Report:
     name = "encoder.stages.3.blocks.11.attention.projection.output[dense]"
     layer = Layer(name, "conv2d", 4096, 2048, 2100, 4096, 2048, 123_456_789_012, 61_728_394_506, "52 for it")
