@@ -11,7 +11,7 @@
 - recurrent networks get one call for each level (passes/unstack.py);
 - split, chunk and unbind become slices; every view becomes a reshape, which needs no copy in front of it;
 - a piece of a view becomes a view of a piece (passes/spell_pieces.py);
-- x + 0, x * 1 and the like go.
+- x + 0, x * 1 and the like go; what is expanded for one operation alone is broadcast by it.
 """
 
 from __future__ import annotations
@@ -296,9 +296,28 @@ def _arithmetic(neutral: float, commutes: bool) -> Handler:
             if constant is not None and constant is not other:
                 args = [rewriter.map(constant if entry is other else entry) for entry in (first, second)]
                 return rewriter.call(op.target, args, rewriter.map(dict(op.node.kwargs)), like=op.node)
-        return None
+        return _broadcasting(op, rewriter)
 
     return handler
+
+
+def _broadcasting(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    """The call on what an operand expands, where the other operand has the result's shape."""
+    first, second = op.node.args[:2]
+    for expanded, other in ((second, first), (first, second)):
+        if (
+            isinstance(expanded, fx.Node)
+            and isinstance(other, fx.Node)
+            and expanded.target is aten.expand.default
+            and isinstance(expanded.args[0], fx.Node)
+            and _has_shape_of_result(op, other)
+            and op.info_of(expanded.args[0]).rank == op.out.rank
+        ):
+            args = [
+                rewriter.map(expanded.args[0] if entry is expanded else entry) for entry in (first, second)
+            ]
+            return rewriter.call(op.target, args, rewriter.map(dict(op.node.kwargs)), like=op.node)
+    return None
 
 
 def _has_shape_of_result(op: Op, x: fx.Node) -> bool:

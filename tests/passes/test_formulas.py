@@ -54,3 +54,11 @@ def test_both_halves_of_a_gated_unit_lose_the_same_channels():
 def test_a_gated_unit_along_channels_of_maps():
     parts = {"glu": Between(lambda x: F.glu(x, 1), out=3)}
     kept_by(parts, 8, 8, dynamic=FREE, unseen=(9, 12))
+
+
+def test_a_norm_that_is_expanded_to_be_divided_by_leaves_zero_channels_alone():
+    parts = {
+        "normalize": Between(lambda x: F.normalize(x, dim=1), bias=False),
+        "beside": Between(lambda x: F.normalize(x, dim=-1), bias=False),
+    }
+    assert kept_by(parts, 8, 8) == dict.fromkeys(parts, LIVE)
