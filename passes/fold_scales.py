@@ -253,19 +253,11 @@ def consumed(
     this: Contraction, weight: Tensor, bias: Tensor | None, before: Affine
 ) -> tuple[Tensor, Tensor | None]:
     """Weights of W (s x + t) + b."""
-
-    def per_input(vector: Tensor) -> Tensor:
-        grouped = vector.expand(this.in_channels).reshape(this.groups, 1, this.in_per_group)
-        rows = grouped.expand(-1, this.out_channels // this.groups, -1).reshape(
-            this.out_channels, this.in_per_group
-        )
-        return rows.reshape(*rows.shape, *([1] * this.spatial_rank))
-
     if before.has_shift:
         moved = this.of_constant(before.shift)
         assert moved is not None
         bias = moved if bias is None else bias + moved
-    return weight * per_input(before.scale), bias
+    return weight * this.per_input(before.scale), bias
 
 
 def _emit_affine(

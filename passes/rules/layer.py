@@ -219,19 +219,33 @@ class Contraction:
         part = part.index_select(self.axis, inputs)
         if not bool((part != 0).any()):
             return self._nothing(rows)
-        if self.has_dynamic_border():
+        if not self.may_vary() and all(part.shape[axis] == 1 for axis in self.spatial):
+            blocks = self.weight[outputs].flatten(2).sum(2).view(groups.numel(), -1, self.in_per_group)
+            vectors = torch.movedim(part, self.axis, -1).reshape(-1, groups.numel(), self.in_per_group)
+            shape = [*part.shape[: self.axis], *part.shape[self.axis + 1 :], -1]
+            found = torch.movedim(torch.einsum("ngi,goi->ngo", vectors, blocks).reshape(shape), -1, self.axis)
+        elif self.has_dynamic_border():
             return None
-        result = self.run(self.spread(part, every_position), self.weight[outputs], groups.numel())
-        return result.index_select(self.axis, torch.searchsorted(outputs, rows))
+        else:
+            found = self.run(self.spread(part, every_position), self.weight[outputs], groups.numel())
+        return found.index_select(self.axis, torch.searchsorted(outputs, rows))
 
     def of_constant(self, vector: Tensor) -> Tensor | None:
         """What x = `vector` (in,) at every position adds to each row, (out,); None where positions differ."""
+        if not self.may_vary():
+            return (self.weight * self.per_input(vector)).flatten(1).sum(1)
         channels = vector.expand(self.in_channels).nonzero().flatten()
         values = along(vector, self.axis, self.info.rank)
         part = self.contribution(values, channels, torch.arange(self.out_channels), every_position=False)
         if part is None or not is_uniform(part, self.axis):
             return None
         return torch.movedim(part, self.axis, 0).reshape(self.out_channels, -1)[:, 0]
+
+    def per_input(self, vector: Tensor) -> Tensor:
+        """A vector (in,) or (1,) laid out like the input channels of the weight; (out, in / groups, 1, ...)."""
+        grouped = vector.expand(self.in_channels).reshape(self.groups, 1, self.in_per_group)
+        rows = grouped.expand(-1, self.out_per_group, -1).reshape(self.out_channels, self.in_per_group)
+        return rows.reshape(*rows.shape, *([1] * self.spatial_rank))
 
     def channels_read(self, rows: Tensor) -> Tensor:
         """The channels of x that some of the rows (a mask) read with a weight that is not zero; (in,)."""

@@ -32,3 +32,13 @@ def test_a_range_bounds_the_sizes():
     _, keys = sizes_of(nn.ReLU(), torch.randn(2, 3, 8), shapes=({2: height},))
     assert all(4 <= size <= 12 for size in keys[0][2])
     assert len(set(keys[0][2])) > 1
+
+
+def test_axes_with_narrow_ranges_have_sizes_that_differ_under_every_shape():
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=2, max=256)
+    exported = export_module(
+        nn.Linear(6, 3), (torch.randn(2, 7, 6),), dynamic_shapes=({0: batch, 1: length},)
+    )
+    [entry] = program_from_export(exported).inputs
+    assert all(one != other for one, other in zip(entry.key(0), entry.key(1), strict=True))
+    assert max(entry.key(1)) <= 256
