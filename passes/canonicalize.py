@@ -30,7 +30,7 @@ from passes.ir.analysis import LARGEST_CONSTANT, size_source
 from passes.ir.pipeline import Result
 from passes.ir.program import Op, Program
 from passes.ir.rewriter import Rewriter
-from passes.placements import PLACEMENTS
+from passes.placements import PLACEMENTS, SIZED_BY_CONSTANTS
 from passes.rules.pointwise import CASTS, COPIES
 from passes.spell_pieces import piece, select
 from passes.spell_products import PRODUCTS
@@ -104,7 +104,8 @@ def rewrite_calls(program: Program) -> Program:
         if node.op == "placeholder":
             rewriter.placeholder(node)
         elif node.op == "call_function" and node.target not in DROPPED:
-            handler = None if node in program.unmeasured else HANDLERS.get(node.target)
+            measured = node not in program.unmeasured or node.target in SIZED_BY_CONSTANTS
+            handler = HANDLERS.get(node.target) if measured else None
             result = handler(program.op(node), rewriter) if handler else None
             rewriter.env[node] = rewriter.copy(node) if result is None else result  # type: ignore[assignment]
     rewriter.output()

@@ -309,3 +309,5 @@ PLACEMENTS: dict[Any, Callable[[Op, Rewriter], fx.Node | None]] = {
     aten.tile.default: _tile,
     aten.rot90.default: _rot90,
 }
+# Their sizes follow from values that are constants, so they can be spelled before they are measured.
+SIZED_BY_CONSTANTS = frozenset({aten.index.Tensor, aten.repeat_interleave.self_Tensor})

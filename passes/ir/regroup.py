@@ -32,11 +32,9 @@ class Atom:
     path: tuple[int, ...]
     key: tuple[int, ...]
 
-    def split(self, inner: tuple[int, ...]) -> tuple[Atom, Atom] | None:
-        """(outer, inner) with the given inner sizes; None where they do not divide."""
-        if any(size % part for size, part in zip(self.key, inner, strict=True)):
-            return None
-        outer = tuple(size // part for size, part in zip(self.key, inner, strict=True))
+    def split(self, outer: tuple[int, ...]) -> tuple[Atom, Atom]:
+        """(outer, inner) factors, the outer one with the given sizes, which divide."""
+        inner = tuple(size // part for size, part in zip(self.key, outer, strict=True))
         return Atom(self.axis, (*self.path, 0), outer), Atom(self.axis, (*self.path, 1), inner)
 
 
@@ -78,16 +76,18 @@ def _take(left: list[Atom], wanted: tuple[int, ...]) -> tuple[Atom, ...] | None:
         if not left:
             return None
         atom = left.pop()
-        if any(size % part for size, part in zip(wanted, atom.key, strict=True)):
-            rest = tuple(size // part for size, part in zip(atom.key, wanted, strict=True))
-            halves = atom.split(rest)
-            if halves is None or halves[0].key != wanted:
+        if not _divides(atom.key, wanted):
+            if not _divides(wanted, atom.key):
                 return None
-            atom, remainder = halves
+            atom, remainder = atom.split(wanted)
             left.append(remainder)
         taken.append(atom)
         wanted = tuple(size // part for size, part in zip(wanted, atom.key, strict=True))
     return tuple(taken)
+
+
+def _divides(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    return not any(size % divisor for size, divisor in zip(whole, part, strict=True))
 
 
 def reordered_axis(layout: Layout, source: TensorInfo) -> tuple[int, Tensor | None] | None:

@@ -76,3 +76,7 @@ def pair(x):
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_what_is_moved_several_times_is_moved_once(forward, wanted, dynamic):
     assert calls(forward, 2, 8, 4, 4, dynamic=dynamic) == wanted
+
+
+def test_axes_that_do_not_divide_are_no_chain():
+    assert calls(lambda x: x.flatten(1).reshape(-1, 10, 3), 2, 5, 6) == ["reshape", "reshape"]

@@ -41,15 +41,16 @@ CASES = [
     (lambda x: x[:, PLACES, :, torch.tensor([1, 0])], ["permute", "reshape", "index_select", "reshape"]),
     (lambda x: x[:, [-1, 0]], ["index_select"]),
     (lambda x: x[:, torch.tensor(3)], ["select"]),
-    (lambda x: x[:, torch.tensor([True, False] * 4)], ["slice"]),
-    (lambda x: x[:, :, torch.eye(4) > 0], ["reshape", "slice"]),
+    (lambda x: x[:, torch.tensor([True, False] * 4)], ["index_select"]),
+    (lambda x: x[:, :, torch.eye(4) > 0], ["reshape", "index_select"]),
     (lambda x: x.repeat_interleave(2, 1), ["index_select"]),
-    (lambda x: x.repeat_interleave(2, 0), ["unsqueeze", "expand", "reshape"]),
+    (lambda x: x.repeat_interleave(2, 2), ["index_select"]),
     (lambda x: x.tile(2, 1, 1), ["repeat"]),
     (lambda x: x.rot90(1, (2, 3)), ["flip", "transpose"]),
     (lambda x: x.rot90(-1, (1, 3)), ["flip", "transpose"]),
     (lambda x: x.rot90(2, (1, 3)), ["flip"]),
-    (lambda x: torch.slice_scatter(x, x[:, :2], 1, 6), ["slice", "slice", "cat"]),
+    (lambda x: torch.slice_scatter(x, x[:, :2], 1, 6), ["index_select"]),
+    (lambda x: torch.slice_scatter(x, x[:, :2] + 1, 1, 6), ["slice", "add", "slice", "cat"]),
     (lambda x: torch.slice_scatter(x, x[:, :3], 1, 1, 7, 2), ["index_select"]),
     (lambda x: torch.select_scatter(x, x[:, 0] + 1, 1, 0), ["select", "add", "unsqueeze", "slice", "cat"]),
     (put((EVERY, slice(0, 2)), lambda x: 1.0), ["slice", "fill", "slice", "cat"]),
@@ -81,6 +82,13 @@ def test_a_constant_gather_that_is_the_same_everywhere_reads_whole_channels(expa
 
     result = check(Gathered(), torch.randn(2, 3, 4, 4), dynamic=expanded)
     assert shapes_of(result)["first.weight"] == (3, 3, 1, 1)
+
+
+def test_repeating_the_batch_repeats_a_new_axis():
+    program = capture(Net(lambda x: x.repeat_interleave(2, 0)), torch.randn(2, 8, 4, 4))
+    result = DIALECT(program).program
+    assert_same(program, result)
+    assert [str(target).split(".")[1] for target in targets_of(result)] == ["unsqueeze", "expand", "reshape"]
 
 
 def test_what_only_the_input_decides_is_left_alone():
