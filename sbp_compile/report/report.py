@@ -122,7 +122,8 @@ def build_report(
         step.after for step in steps if step.after.analysis is not None and step.name == "analyze_channels"
     ]
     rows = _layers(dense, small, analyses)
-    notes = (*notes, *_opaque_notes(small), *_untied_notes(dense, small))
+    untied = _untied_notes(steps[0].before, small) if steps else []
+    notes = (*notes, *_opaque_notes(small), *untied)
     return Report(tuple(rows), count(dense), count(small), notes, verification, dict(seconds))
 
 
@@ -187,9 +188,9 @@ def _explained(name: str, channels: int, kept: int, analyses: Sequence[Analysed]
     return masked, text if kept > channels - masked else ""
 
 
-def _untied_notes(dense: Program, small: Program) -> list[Note]:
+def _untied_notes(original: Program, small: Program) -> list[Note]:
     """Return one note for each constant with several readers that now has a version for some of them."""
-    constants = (node for node in dense.graph.nodes if node.op == "get_attr")
+    constants = (node for node in original.graph.nodes if node.op == "get_attr")
     uses = Counter(str(node.target) for node in constants for _ in node.users)
     notes = []
     for name, readers in uses.items():
