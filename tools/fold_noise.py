@@ -4,11 +4,11 @@ A factor m of a noise layer (0 where it is masked) goes into the layer in front 
 
 - convolution, linear: W' = m W, b' = m b; batch norm: gamma' = m gamma, beta' = m beta;
 - through what lies between them if f(m x) = m f(x) for m >= 0 (relu, max and average pooling);
-- through f with f(0) = 0 (GELU, SiLU, hard swish): the masked rows in front become 0, and m goes into the columns of the
-  layers behind. Where that is not possible the factor stays as a multiplication.
+- through f with f(0) = 0 (GELU, SiLU, hard swish): the masked rows in front become 0, and m goes into the columns of
+  the layers behind. Where that is not possible the factor stays as a multiplication.
 
-Then biases that are added behind a layer become the layer's own, and batch norms behind a convolution go into it. So the
-result has a zero filter for every masked channel, which is what the tools look for. In the network's own dtype.
+Then biases that are added behind a layer become the layer's own, and batch norms behind a convolution go into it. So
+the result has a zero filter for every masked channel, which is what the tools look for. In the network's own dtype.
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 NOTHING = (nn.Identity, nn.Dropout)
 POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, *NOTHING, *POOLS)
-HOMOGENEOUS_CALLS = (F.relu, torch.relu, F.leaky_relu, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, "relu")
+HOMOGENEOUS_CALLS = (
+    F.relu,
+    torch.relu,
+    F.leaky_relu,
+    F.max_pool2d,
+    F.avg_pool2d,
+    F.adaptive_avg_pool2d,
+    "relu",
+)
 ZERO_AT_ZERO = (nn.GELU, nn.SiLU, nn.Hardswish, nn.ReLU6, nn.Tanh)
 ZERO_AT_ZERO_CALLS = (F.gelu, F.silu, F.hardswish, F.relu6, torch.tanh)
 
@@ -81,8 +89,7 @@ class _Folder:
         self.own = {
             name
             for name, module in self.modules.items()
-            if calls[name] == 1
-            and all(owners[id(value)] == 1 for value in module.parameters(recurse=False))
+            if calls[name] == 1 and all(owners[id(value)] == 1 for value in module.parameters(recurse=False))
         }
 
     def fold(self) -> None:
@@ -193,7 +200,9 @@ class _Folder:
         layer: Any = self._module(node)
         layer.weight.copy_(layer.weight * _along(factor, layer.weight, 1))
 
-    def _is(self, node: fx.Node, kinds: tuple[type, ...], calls: tuple[Callable[..., Any] | str, ...]) -> bool:
+    def _is(
+        self, node: fx.Node, kinds: tuple[type, ...], calls: tuple[Callable[..., Any] | str, ...]
+    ) -> bool:
         if node.op == "call_module":
             return isinstance(self._module(node), kinds)
         return node.target in calls

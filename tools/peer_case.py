@@ -24,7 +24,11 @@ from sbp_compile.verify import NOISE_FACTOR, TOLERANCES, relative_error
 
 INPUTS = 6
 PROBES = 3
-SCALES = (1.0, 30.0, 1000.0)  # units that fire rarely must fire on some input, or a tool that drops them looks exact
+SCALES = (
+    1.0,
+    30.0,
+    1000.0,
+)  # units that fire rarely must fire on some input, or a tool that drops them looks exact
 OPSET = 20
 
 
@@ -106,13 +110,21 @@ class Case:
         except Exception as error:  # whatever torch.fx raises
             self.note = f"noise is not folded ({type(error).__name__})"
             module = with_factors(self.network, self.inputs[0])
-        error = self.error_of_module(module)
-        if not error <= TOLERANCES[torch.float64]:
-            raise AssertionError(f"folding the noise changed the network by {error:.1e}")
+        changed = self.error_of_module(module)
+        if not changed <= TOLERANCES[torch.float64]:
+            raise AssertionError(f"folding the noise changed the network by {changed:.1e}")
         return module
 
     def folded_onnx(self) -> onnx.ModelProto:
-        return export(self.folded(), self.inputs32[0])
+        """The same as an ONNX file, exported once for all tools of a network."""
+        path = self.folder.parent / "folded.onnx"
+        if not path.exists():
+            model = export(self.folded(), self.inputs32[0])
+            model.doc_string = self.note
+            onnx.save_model(model, str(path))
+        model = onnx.load(str(path))
+        self.note = model.doc_string
+        return model
 
     def error_of_module(self, module: nn.Module) -> float:
         return worst(self.references, [results(module, entry) for entry in self.inputs])

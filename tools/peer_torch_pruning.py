@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from peer_case import Case, Outcome
 from torch import Tensor, nn
+
+from sbp_compile.verify import TOLERANCES
 
 READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 ACROSS_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -25,33 +28,59 @@ SMALL = 1e-3
 
 def usual(case: Case) -> Outcome:
     """Prune every masked channel: one that reaches its readers as a constant, whatever the input."""
-    return _pruned(case, zero=False)
+    return _pruned(case, zero=False, bound=math.inf)
 
 
 def careful(case: Case) -> Outcome:
-    """Prune only what reaches its readers as zero, and nothing under a norm across channels."""
-    return _pruned(case, zero=True)
+    """Prune only what reaches its readers as zero, nothing under a norm across channels, and no group that matters."""
+    return _pruned(case, zero=True, bound=TOLERANCES[torch.float64])
 
 
-def _pruned(case: Case, *, zero: bool) -> Outcome:
+def _pruned(case: Case, *, zero: bool, bound: float) -> Outcome:
+    """Prune group by group; one after which the network fails, or errs beyond `bound`, is left whole."""
+    folded = case.folded()
+    names = {layer: name for name, layer in folded.named_modules()}
+    free = {names[layer]: channels for layer, channels in _free_inputs(folded, case.probes, zero).items()}
+    whole: set[str] = set()
+    while True:
+        module = copy.deepcopy(folded)
+        removed, culprit = _prune_groups(case, module, free, whole, norms=not zero, bound=bound)
+        if culprit is None:
+            note = f"{removed} channels pruned" + (f", {len(whole)} groups left whole" if whole else "")
+            return Outcome(module=module, note=note)
+        whole.add(culprit)
+
+
+def _prune_groups(
+    case: Case, module: nn.Module, named: Mapping[str, Tensor], whole: set[str], *, norms: bool, bound: float
+) -> tuple[int, str | None]:
+    """Prune in place; returns how many channels went, and the root of the first group that must not be pruned."""
     pruning: Any = importlib.import_module("torch_pruning")
-    module = case.folded()
-    free = _free_inputs(module, case.probes, zero)
+    free = {module.get_submodule(name): channels for name, channels in named.items()}
+    names = {layer: name for name, layer in module.named_modules()}
     for parameter in module.parameters():
         parameter.requires_grad_(True)
     graph = pruning.DependencyGraph().build_dependency(module, example_inputs=case.inputs[0])
     removed = 0
     for group in graph.get_all_groups():
-        chosen = _candidates(graph, group, free, norms=not zero)
-        smaller = graph.get_pruning_group(group[0].dep.target.module, group[0].dep.handler, chosen)
-        if chosen and graph.check_pruning_group(smaller):
-            for layer, indices, _ in _readers(graph, smaller):
-                kept = torch.ones_like(free[layer])
-                kept[indices] = False
-                free[layer] = free[layer][kept]
-            smaller.prune()
-            removed += len(chosen)
-    return Outcome(module=module, note=f"{removed} channels pruned")
+        root = group[0].dep.target.module
+        chosen = _candidates(graph, group, free, norms)
+        smaller = graph.get_pruning_group(root, group[0].dep.handler, chosen)
+        if not chosen or names[root] in whole or not graph.check_pruning_group(smaller):
+            continue
+        for layer, indices, _ in _readers(graph, smaller):
+            kept = torch.ones_like(free[layer])
+            kept[indices] = False
+            free[layer] = free[layer][kept]
+        smaller.prune()
+        removed += len(chosen)
+        try:
+            error = case.error_of_module(module)
+        except RuntimeError:
+            return removed, names[root]
+        if not error <= bound:
+            return removed, names[root]
+    return removed, None
 
 
 def _free_inputs(
