@@ -111,14 +111,14 @@ def compared(spec: Spec, tools: Sequence[str], limit: float, budget: float) -> l
 
 def measured(spec: Spec, tool: str, folder: Path, limit: float) -> Row:
     """Run one tool in a process; a missing package, a crash and a time-out are rows."""
-    package = TOOLS[tool].package
+    package = TOOLS[tool].package if tool in TOOLS else None
     if package is not None and version(package) is None:
         return {"failure": "not installed"}
     command = [sys.executable, str(ROOT / "tools" / "peers.py"), tool, json.dumps(asdict(spec)), str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=ROOT)
     except subprocess.TimeoutExpired:
-        return {"failure": f"took longer than {limit:.0f} s"}
+        return {"failure": f"took longer than {limit:g} s"}
     result = folder / "result.json"
     if not result.exists():
         lines = done.stderr.strip().splitlines() or [""]

@@ -168,7 +168,8 @@ def measured(case: Case, tool: Tool) -> dict[str, Any]:
         if model is None and outcome.module is not None:
             model = export(outcome.module, case.inputs32[0])
         if model is not None:
-            found = case.row_of_file(model) | found
+            row = case.row_of_file(model)
+            found = row | found | {"file_error": row["error"], "file_bound": row["bound"]}
             onnx.save_model(onnx_cost.pin_batch(model, case.inputs32[0]), str(case.folder / "result.onnx"))
     except Exception as error:
         if "error" not in found:

@@ -171,12 +171,11 @@ def test_a_tool_that_is_not_installed_is_a_row(monkeypatch):
 
 def test_a_tool_that_takes_too_long_is_a_row():
     [row] = compare.compared(PERCEPTRON, ["masked"], limit=0.01, budget=0)
-    assert row["failure"] == "took longer than 0 s"
+    assert row["failure"] == "took longer than 0.01 s"
 
 
 def test_a_worker_that_dies_is_a_row():
-
-    row = compare.measured(PERCEPTRON, "masked", Path("/nonexistent"), limit=60)
+    row = compare.measured(PERCEPTRON, "no such tool", Path("/nonexistent"), limit=600)
     assert row["failure"].startswith("crashed with exit code 1")
 
 
@@ -222,6 +221,11 @@ def test_ours_being_wrong_or_failing_is_a_violation():
     assert line.endswith("sbp_compile is not exact: ValueError: no")
 
 
+def test_a_module_whose_file_differs_is_not_exact():
+    assert compare_page.exact({**EXACT, "file_error": 1e-6, "file_bound": 1e-5})
+    assert not compare_page.exact({**EXACT, "file_error": 1e-3, "file_bound": 1e-5})
+
+
 def test_the_page_sums_up_each_tool_where_it_is_exact():
     rows = rows_of(
         sbp_compile={**EXACT, "macs": 100, "latency_us": 10.0},
@@ -237,3 +241,10 @@ def test_the_page_sums_up_each_tool_where_it_is_exact():
 def test_networks_are_named_with_their_source_and_placement():
     assert compare.spec_of("vgg11:hidden", 0.3, 1) == peer_case.Spec("zoo", "vgg11", "hidden", 0.3, 1)
     assert compare.spec_of("tools/LeNet-500-300:hidden", 0.5, 0) == PERCEPTRON
+
+
+def test_the_default_list_names_networks_of_the_zoo():
+    zoo = pytest.importorskip("tests.zoo")
+    specs = [compare.spec_of(text, 0.5, 0) for text in compare.DEFAULT]
+    assert {spec.network for spec in specs} <= zoo.ZOO.keys()
+    assert {spec.placement for spec in specs} <= set(zoo.PLACEMENTS)
