@@ -89,7 +89,7 @@ def violations(rows: Sequence[Row]) -> list[str]:
             ):
                 lines.append(
                     f"VIOLATION {row['network']}: {row['tool']} is exact and has {row['macs']:,} multiply-adds, "
-                    f"{OURS} {ours['macs']:,} ({ours['macs'] / row['macs']:.3f} times as many)"
+                    f"{OURS} {ours['macs']:,} ({ours['macs'] / row['macs']:.3f} times as many){timed(row, ours)}"
                 )
     return lines
 
@@ -110,6 +110,13 @@ def page(rows: Sequence[Row], wrong: Sequence[str], share: float) -> str:
         + "\n".join(summary(rows))
         + f"\n\n## Goals\n\n{goals}\n\n## All rows\n\n{TABLE}{body}\n"
     )
+
+
+def timed(row: Row, ours: Row) -> str:
+    """Return both latencies, where they were measured."""
+    if "latency_us" not in row or "latency_us" not in ours:
+        return ""
+    return f"; {row['latency_us']:.0f} us against our {ours['latency_us']:.0f} us"
 
 
 def told(row: Row) -> str:
