@@ -7,6 +7,7 @@
 #   make rules      every rule against the real operator, RULE_SAMPLES samples each, from RULE_SEED on
 #   make mutation   MUTANTS small changes of the passes, and whether the tests notice
 #   make cuda       the checks and timings that need a GPU, in an environment of their own
+#   make compare    the same networks through other tools, in an environment of their own (about an hour)
 #   make clean      remove what the targets made, the environment included
 
 VENV ?= .venv
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DEMO_MODEL := models/lenet5-sbp-digits.pt
 
-.PHONY: cuda demo test test-slow fuzz zoo rules mutation lint clean
+.PHONY: compare cuda demo test test-slow fuzz zoo rules mutation lint clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -51,6 +52,12 @@ cuda:
 	.venv-cuda/bin/python -m pip uninstall --quiet --yes onnxruntime
 	.venv-cuda/bin/python -m pip install --quiet onnxruntime-gpu==1.30.0
 	.venv-cuda/bin/python tools/cuda_check.py $(DEMO_MODEL) --write
+
+# One of the tools asks for torchvision, which would bring a torch of its own: hence --no-deps.
+compare:
+	$(MAKE) VENV=.venv-compare .venv-compare/.installed
+	.venv-compare/bin/python -m pip install --quiet --no-deps -r tools/compare-requirements.txt
+	.venv-compare/bin/python tools/compare.py --write
 
 lint: $(READY)
 	$(BIN)/ruff check .
