@@ -37,6 +37,7 @@ norm over the time of a form that computes k channels alone, with the statistics
 What pays is that both neighbours shrink: alone the fused norm of all n is mostly the fastest. A layer norm is
 written out where at most 75% of its channels stay. The padded form is as fast, but would be met as new by every
 further run of the passes.
+
 Command: `python tools/norm_cost.py --write`
 
 | n | k | batch x tokens | norm: written out | norm: padded | block: written out | block: padded |
