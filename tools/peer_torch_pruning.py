@@ -137,6 +137,8 @@ def _candidates(graph: Any, group: Any, free: dict[nn.Module, Tensor], norms: bo
         return []
     allowed, taken = set(group[0].root_idxs), set()
     for layer, indices, roots in _readers(graph, group):
+        if max(indices) >= len(free[layer]):  # the dependency graph takes another axis for the channels
+            return []
         for index, root in zip(indices, roots, strict=True):
             taken.add(root)
             if not free[layer][index]:
