@@ -7,7 +7,7 @@ from passes.canonicalize import Canonicalize
 from passes.compose_readings import ComposeReadings
 from passes.fold_permutations import FoldPermutations
 from passes.fold_scales import FoldScales
-from passes.ir.cost import CostModel, CountingModel
+from passes.ir.cost import CostModel, CountingModel, FewestMacs
 from passes.ir.errors import LintError, PassError, UnsupportedError
 from passes.ir.pipeline import Note, Pipeline, Result, Step
 from passes.ir.program import Input, Program, TensorInfo
@@ -65,6 +65,7 @@ __all__ = [
     "ComposeReadings",
     "CostModel",
     "CountingModel",
+    "FewestMacs",
     "FoldPermutations",
     "FoldScales",
     "Input",

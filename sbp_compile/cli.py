@@ -68,6 +68,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help="where to write: .onnx or .pt2"
     )
+    parser.add_argument(
+        "--fewest-macs",
+        action="store_true",
+        help="gather channels wherever that saves a multiply-add (default: where it saves time)",
+    )
     proof = parser.add_argument_group("proof")
     proof.add_argument(
         "--inputs", type=Path, metavar="NPZ", help="verify on these inputs too: one array for each input name"
@@ -163,13 +168,17 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _compile(options: argparse.Namespace, console: Console) -> Compiled:
+    from passes import FewestMacs, default_pipeline
     from sbp_compile.capture.model_file import load_model
     from sbp_compile.compiler import compile_file
 
+    pipeline = default_pipeline(FewestMacs() if options.fewest_macs else None)
     with console.status("reading the model") as status:
         model = load_model(options.model)
         status.update("compiling")
-        compiled = compile_file(model, verify=not options.no_verify, input_file=options.inputs)
+        compiled = compile_file(
+            model, verify=not options.no_verify, input_file=options.inputs, pipeline=pipeline
+        )
         status.update("writing and verifying")
         compiled.save(options.output)
     console.print(compiled.report)
