@@ -22,12 +22,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from passes.ir.axes import flatten_facts
+from passes.ir.axes import flatten_facts, split_blocks
 from passes.ir.keep import KeepSets
 from passes.ir.lattice import Facts, reduce_to
 from passes.ir.program import Op
 from passes.ir.rewriter import Rewriter
 from passes.rules.base import Rule, rule
+from passes.rules.view import RESHAPES
 
 aten = torch.ops.aten
 
@@ -122,8 +123,8 @@ def _ends_in_softmax(op: Op) -> bool:
 
 
 def _only_softmax(node: fx.Node, op: Op) -> bool:
-    """Whether all that reads a value is a softmax over its last axis, past factors and sums of the same shape."""
-    rank = op.out.rank
+    """Whether all that reads a value is a softmax over its last axis, past factors, sums and views beside it."""
+    rank = op.program.infos[node].rank
     for user in node.users:
         if user.target in SOFTMAXES:
             if user.args[1] not in (-1, rank - 1):
@@ -135,8 +136,13 @@ def _only_softmax(node: fx.Node, op: Op) -> bool:
 
 def _keeps_shifts(user: fx.Node, node: fx.Node, op: Op) -> bool:
     """Whether a call turns what is the same along the last axis into what is the same along it."""
-    info = op.program.infos.get(user)
-    if info is None or not info.has_shape_of(op.out) or len(user.args) < 2:
+    info, before = op.program.infos.get(user), op.program.infos[node]
+    if info is None or len(user.args) < 2:
+        return False
+    if user.target in RESHAPES:
+        last = split_blocks(before, info)[-1]
+        return (last.ins, last.outs) == ((before.rank - 1,), (info.rank - 1,))
+    if not info.has_shape_of(before):
         return False
     first, second = user.args[:2]
     if user.target in (aten.add.Tensor, aten.sub.Tensor):

@@ -326,3 +326,14 @@ def test_one_projection_for_queries_keys_and_values_stays_exact():
             return self.o(self.attend(h, h, h).transpose(1, 2).reshape(x.shape[0], x.shape[1], MODEL))
 
     shapes(Same(uneven(2, 1, 2, 2), bias=False), torch.randn(2, LENGTH, MODEL))
+
+
+def test_constants_of_keys_cancel_past_a_view_in_front_of_the_softmax():
+    class Windows(Separate):
+        def attend(self, q, k, v):
+            logits = (q @ k.transpose(-2, -1) * 0.5).view(-1, 2, HEADS // 2, q.shape[2], k.shape[2])
+            weights = (logits + 1.0).view(-1, HEADS, q.shape[2], k.shape[2]).softmax(-1)
+            return weights @ v
+
+    found = shapes(Windows(key=width_mask(0, 3)), torch.randn(2, LENGTH, MODEL))
+    assert found["q.weight"] == found["k.weight"] == (8, MODEL)
