@@ -66,7 +66,7 @@ INPUT, OUTPUT = nn.Identity(), nn.Identity()
         lambda net, x, _: shuffle(x).flip(1),
         lambda net, x, _: x.roll(2, 1).permute(0, 2, 3, 1).flip(3).permute(0, 3, 1, 2),
         lambda net, x, _: net.depthwise(shuffle(x))[:, :8],
-        lambda net, x, _: net.depthwise(x).view(-1, 8, 2, 4, 4)[:, :, 0].flip(1),
+        lambda net, x, _: net.depthwise(x).view(-1, 8, 2, 4, 4).sum(2).flip(1),
         lambda net, x, _: net.grouped(F.relu(x).roll(4, 1)),
         lambda net, x, _: F.relu(net.grouped(x)).roll(4, 1),
         lambda net, x, _: net.grouped(x)[:, [5, 4, 6, 7, 0, 1, 2, 3]],
