@@ -8,8 +8,9 @@ With X and Y the kept channels, n_g and m_g how many of them group g reads and c
 
 The cheapest by count is taken, per output position and tap: padded max n_g * max m_g for each group, plus |X| for each
 input and |Y| for each output that stays for the padding alone (what a 1x1 convolution beside it would do), dense
-|X| |Y|, split the sum of n_g m_g, if that pays for copying the entries (`CountingModel`). Widening is monotone, and the
-rewrite takes whichever form is cheapest for the sets as they are in the end. Whole groups go in every form.
+|X| |Y| (never more than the layer had), split the sum of n_g m_g, if that pays for copying the entries
+(`CountingModel`). Widening is monotone, and the rewrite takes whichever form is cheapest for the sets as they are in
+the end. Whole groups go in every form.
 
 Not covered: a gather that repeats inputs in front of a depthwise convolution; it pays for none that was met.
 """
@@ -77,6 +78,7 @@ class Groups:
         beside = (used * widest[0] - inputs) * inputs + (used * widest[1] - outputs) * outputs
         padded = used * widest[0] * widest[1] * taps + beside
         dense = inputs * outputs * taps
+        whole = self.this.groups * self.this.in_per_group * self.this.out_per_group * taps
         split = int(counts.clamp(min=1).prod(1)[counts[:, 1] > 0].sum()) * taps
         positions = self.this.positions
         saved = (min(padded, dense) - split) * positions
@@ -86,7 +88,7 @@ class Groups:
         ]
         if len(runs) > 1 and COST.gathers_pay(copies, saved):
             return "split"
-        return "padded" if padded <= dense else "dense"
+        return "padded" if padded <= dense or dense > whole else "dense"
 
 
 def widen_groups(this: Contraction, keep: KeepSets) -> None:

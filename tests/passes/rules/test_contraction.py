@@ -145,3 +145,26 @@ def test_wide_groups_with_very_different_masks_are_split():
     result = compiled(net, 8, 8)
     weights = [shape for name, shape in shapes_of(result).items() if name.startswith("middle.weight")]
     assert sorted(weights) == [(8, 8, 3, 3), (240, 120, 3, 3)]
+
+
+class Pairs(nn.Module):
+    """A grouped convolution of pairs between two layers; one channel of one pair is masked behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv1d(3, 40, 1), nn.Conv1d(40, 4, 1)
+        self.pairs = nn.Conv1d(40, 40, 1, groups=20)
+        self.register_buffer("mask", (torch.arange(40) != 7).float().reshape(-1, 1))
+
+    def forward(self, x):
+        return self.last(self.pairs(self.first(x)) * self.mask)
+
+
+def test_groups_never_become_a_dense_layer_with_more_multiplications_than_they_had():
+    torch.manual_seed(0)
+    [pairs] = [
+        shape
+        for name, shape in shapes_of(check(Pairs(), torch.randn(2, 3, 5))).items()
+        if name == "pairs.weight"
+    ]
+    assert pairs[0] * pairs[1] <= 80
