@@ -28,8 +28,9 @@ demo: $(READY)
 	mkdir -p out
 	$(BIN)/python -m sbp_compile $(DEMO_MODEL) -o out/lenet5-small.onnx --time
 
+# One process for each core, of one thread each: with more, torch's threads wait for each other.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
