@@ -11,6 +11,7 @@ from passes.ir.cost import CostModel, CountingModel, FewestMacs
 from passes.ir.errors import LintError, PassError, UnsupportedError
 from passes.ir.pipeline import Note, Pipeline, Result, Step
 from passes.ir.program import Input, Program, TensorInfo
+from passes.lay_out_constants import LayOutConstants
 from passes.merge_normalized import MergeNormalized
 from passes.remove_dead import RemoveDead
 from passes.rules import Rule, registered_rules, rule
@@ -24,6 +25,7 @@ def default_pipeline(cost: CostModel | None = None) -> Pipeline:
 
     `cost` decides what is cheaper where there is a choice (default: `CountingModel`).
     """
+    cost = cost or CountingModel()
     rounds = Pipeline(
         (
             FoldScales(),  # first: a scale of zero becomes a zero row or column, which the sweeps see
@@ -32,6 +34,10 @@ def default_pipeline(cost: CostModel | None = None) -> Pipeline:
             AnalyzeChannels(),  # facts, demand and keep sets of this very graph
             AlignHeads(),  # needs facts and demand; the same columns in every head, as far as their order is free
             AnalyzeChannels(),  # again, if something was aligned
+            LayOutConstants(
+                cost
+            ),  # needs the keep sets; what a basis of constants would stand for too dearly
+            AnalyzeChannels(),  # again, if something was laid out
             AbsorbConstants(),  # needs the keep sets; leaves every removed channel without a reader
             ShrinkChannels(),  # needs both; slices
             Canonicalize(),  # constants that appeared are folded, neutral operations go
@@ -47,9 +53,7 @@ def default_pipeline(cost: CostModel | None = None) -> Pipeline:
             ComposeReadings(),  # before any keep set: pieces of one value become independent of each other
             rounds,
             AnalyzeChannels(),
-            SeparateEdges(
-                cost or CountingModel()
-            ),  # last: what no coupling could remove is worth a gather only now
+            SeparateEdges(cost),  # last: what no coupling could remove is worth a gather only now
             rounds,  # cuts what the gathers set free
             RemoveDead(),
         ),
@@ -69,6 +73,7 @@ __all__ = [
     "FoldPermutations",
     "FoldScales",
     "Input",
+    "LayOutConstants",
     "LintError",
     "MergeNormalized",
     "Note",

@@ -30,6 +30,7 @@ LAYERS = (
     "passes.merge_normalized",
     "passes.analyze_channels",
     "passes.align_heads",
+    "passes.lay_out_constants",
     "passes.absorb_constants",
     "passes.shrink_channels",
     "passes.separate_edges",

@@ -72,6 +72,9 @@ class Always:
     def gathers_pay(self, copies: Sequence[tuple[int, int]], saved_macs: int) -> bool:
         return self.answer
 
+    def map_pays(self, entries: int, saved_macs: int) -> bool:
+        return False
+
 
 class Counting(CountingModel):
     """The default model, counting how often it says yes."""

@@ -27,6 +27,9 @@ class CostModel(Protocol):
         `copies`: for each gather, the runs of entries that it copies for one example, and the entries in them all.
         """
 
+    def map_pays(self, entries: int, saved_macs: int) -> bool:
+        """Whether adding a constant to `entries` entries of one example is cheaper than `saved_macs` multiply-adds."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -55,12 +58,18 @@ class CountingModel:
         )
         return saved_macs > cost
 
+    def map_pays(self, entries: int, saved_macs: int) -> bool:
+        return saved_macs > self.macs_per_gather + self.macs_per_entry * entries
+
 
 @dataclass(frozen=True)
 class FewestMacs:
-    """Takes every gather that saves a multiply-add, whether or not that saves time."""
+    """Takes every gather and every constant map that saves a multiply-add, whether or not that saves time."""
 
     def gathers_pay(self, copies: Sequence[tuple[int, int]], saved_macs: int) -> bool:
+        return saved_macs > 0
+
+    def map_pays(self, entries: int, saved_macs: int) -> bool:
         return saved_macs > 0
 
 
