@@ -92,7 +92,7 @@ class VAE(nn.Module):
             Unit(places, 24, 32, 3, 2, leaky), nn.Flatten(),
         )  # fmt: skip
         self.mean, self.log_variance = (Dense(places, 512, code, act=None) for _ in range(2))
-        self.code = places.noise("hidden", code)
+        self.latent = places.noise("hidden", code)
         self.open = nn.Linear(code, 512)
         self.decode = nn.Sequential(
             Transposed(places, 32, 24, 3, 2, leaky, extra=1), Transposed(places, 24, 16, 3, 2, leaky, extra=1),
@@ -103,7 +103,7 @@ class VAE(nn.Module):
         features = self.encode(x)
         mean, log_variance = self.mean(features), self.log_variance(features)
         code = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean) if self.training else mean
-        return self.decode(self.open(self.code(code)).view(-1, 32, 4, 4)), mean, log_variance
+        return self.decode(self.open(self.latent(code)).view(-1, 32, 4, 4)), mean, log_variance
 
 
 class DCGANGenerator(nn.Module):
