@@ -62,8 +62,8 @@ Seconds: capture, passes, verification and emission, the largest.
 
 # What the reasons of the report mean, by how they begin.
 MEANINGS = {
-    "aligned by add": "both sides of an add keep the channels that either needs, where a gather would save no time; the "
-    "bound counts each side by itself",
+    "aligned by add": "both sides of an add keep the channels that either needs, where a gather would save no time; "
+    "the bound counts each side by itself",
     "stands for": "constant channels that stay because a border or their own maps make them uneven; those that a layer "
     "makes for several readers, or that an add carries along, are more than the bound's",
     "the network's interface": "inputs and outputs of the network keep all their channels",
@@ -71,8 +71,8 @@ MEANINGS = {
     "time, or both factors of a gate",
     "aligned by cat": "the parts of a concatenation keep what any reader of the whole needs",
     "regrouped by": "a view mixes the channel axis with another one, and whole blocks stay",
-    "groups of": "the groups of a convolution keep as many channels as the widest of them, or become one dense layer, or "
-    "several, whichever is cheapest; the bound counts the live pairs inside each",
+    "groups of": "the groups of a convolution keep as many channels as the widest of them, or become one dense layer, "
+    "or several, whichever is cheapest; the bound counts the live pairs inside each",
     "read whole by": "an operator reads the whole axis",
     UNEXPLAINED: "the analysis takes these channels for needed and the measurement says that they are not: an operator "
     "without a rule asks for everything, and so do rules where they are cautious",
