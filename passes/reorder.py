@@ -29,9 +29,9 @@ from passes.rules import rule_for
 from passes.rules.joining import Concatenate, joined_axis
 from passes.rules.layer import CONVOLUTIONS, LINEAR, Contraction, describe, is_contraction
 from passes.rules.padding import ConstantPad
-from passes.rules.pointwise import Pointwise
+from passes.rules.pointwise import Pointwise, Prelu
 from passes.rules.reading import ReadingRule, is_tied
-from passes.rules.reduction import Reduction
+from passes.rules.reduction import Position, Reduction
 from passes.rules.spatial import SpatialRule
 from passes.rules.view import View, blocks_of
 
@@ -79,12 +79,12 @@ def forward(op: Op, orders: dict[fx.Node, Order]) -> Moved | None:
         return _forward_join(op, orders)
     if isinstance(rule, Pointwise):
         return _forward_pointwise(op, orders)
-    if op.operands.count(op.operands[0]) != 1 or op.operands[0] not in orders:
+    if op.position is not None or op.operands.count(op.operands[0]) != 1 or op.operands[0] not in orders:
         return None
     if is_layer(op):
         return _forward_contraction(describe(op), first)
     if isinstance(rule, Reduction) and first.axis in rule.axes(op):
-        return Moved()
+        return None if isinstance(rule, Position) else Moved()
     axis = _axis_after(op, first.axis)
     if axis is not None:
         return Moved(Order(axis, first.index))
@@ -105,7 +105,7 @@ def backward(op: Op, order: Order) -> Moved | None:
         )
     if is_layer(op):
         return _backward_contraction(describe(op), order)
-    if not op.operands:
+    if op.position is not None or not op.operands:
         return None
     x = op.operands[0]
     axes = range(op.info_of(x).rank)
@@ -127,10 +127,20 @@ def _in_operand(op: Op, operand: fx.Node, order: Order) -> Order | None:
     """The order as an operand of a broadcasting call sees it; None where it does not vary along the axis."""
     info = op.info_of(operand)
     axis = order.axis - (op.out.rank - info.rank)
+    if _is_slope(op, operand):
+        axis = order.axis - 1
+        return Order(axis, order.index) if axis == 0 and info.rank and info.sizes[0] > 1 else None
     return Order(axis, order.index) if axis >= 0 and info.sizes[axis] > 1 else None
 
 
+def _is_slope(op: Op, operand: fx.Node) -> bool:
+    """Whether an operand is the weight of a prelu, which lies along axis 1 of the other."""
+    return isinstance(rule_for(op), Prelu) and operand is op.operands[1]
+
+
 def _forward_pointwise(op: Op, orders: dict[fx.Node, Order]) -> Moved | None:
+    if any(_is_slope(op, x) for x in orders):
+        return None
     shifted = [
         Order(order.axis + op.out.rank - op.info_of(x).rank, order.index) for x, order in orders.items()
     ]

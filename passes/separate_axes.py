@@ -25,7 +25,7 @@ from passes.ir.pipeline import Result
 from passes.ir.program import Op, Program, TensorInfo
 from passes.ir.rewriter import Rewriter
 from passes.rules import registered_rules
-from passes.rules.pointwise import Pointwise
+from passes.rules.pointwise import Pointwise, Prelu
 from passes.rules.product import SOFTMAXES
 from passes.rules.view import RESHAPES
 
@@ -317,7 +317,7 @@ HANDLERS: dict[object, Handler] = {
     **{
         target: Sinking.pointwise
         for target, rule in registered_rules().items()
-        if isinstance(rule, Pointwise)
+        if isinstance(rule, Pointwise) and not isinstance(rule, Prelu)  # its slopes lie along axis 1
     },
     **dict.fromkeys(SOFTMAXES, Sinking.softmax),
     aten.permute.default: Sinking.permuted,

@@ -36,7 +36,7 @@ from passes.ir.rewriter import Rewriter
 from passes.rules import rule_for
 from passes.rules.contraction import ContractionRule
 from passes.rules.layer import Contraction, describe
-from passes.rules.pointwise import Pointwise
+from passes.rules.pointwise import Pointwise, Prelu
 from passes.rules.reading import is_tied
 from passes.rules.spatial import SpatialRule
 from passes.rules.view import Rearrange
@@ -112,8 +112,8 @@ def _wasted_reads(program: Program, this: Contraction, macs: dict[str, int]) -> 
     wasted = int((~needed).sum())
     if wasted == 0:
         return [], 0
-    first = _adapter(program, Edge(this.x, this.axis, this.op.node), stand_ins)
-    adapters = list(_adapters_above(program, first, stand_ins))
+    first = _adapter(program, Edge(this.x, this.axis, this.op.node), read, stand_ins)
+    adapters = list(_adapters_above(program, first, read, stand_ins))
     if any(adapter.index.numel() == 0 for adapter in adapters):
         return [], 0
     return [entry for entry in adapters if entry.cuts(program)], macs[
@@ -131,7 +131,9 @@ def _wasted_rows(program: Program, this: Contraction, macs: dict[str, int]) -> t
     return [adapter], macs[this.op.node.name] * (this.out_channels - kept) // this.out_channels
 
 
-def _adapters_above(program: Program, adapter: Adapter, stand_ins: Tensor) -> Iterator[Adapter]:
+def _adapters_above(
+    program: Program, adapter: Adapter, read: Tensor, stand_ins: Tensor
+) -> Iterator[Adapter]:
     """The adapters, as far up as they are no wider, that cut what one reader sees of a value loose from the rest.
 
     They stand where others read the value too, at the network's inputs, and behind what is no elementwise operator.
@@ -151,12 +153,12 @@ def _adapters_above(program: Program, adapter: Adapter, stand_ins: Tensor) -> It
         elif program.constant(x) is None:
             edges = []
             break
-    above = [_adapter(program, edge, stand_ins) for edge in edges]
+    above = [_adapter(program, edge, read, stand_ins) for edge in edges]
     if not above or any(entry.index.numel() > adapter.index.numel() for entry in above):
         yield adapter
         return
     for entry in above:
-        yield from _adapters_above(program, entry, stand_ins)
+        yield from _adapters_above(program, entry, read, stand_ins)
 
 
 def _edge_below(program: Program, edge: Edge) -> Edge:
@@ -185,6 +187,7 @@ def _axis_in(op: Op, x: fx.Node, axis: int) -> int | None:
         found = None if axis in rule.spatial(op) else axis
     elif isinstance(rule, Pointwise):
         found = axis - (op.out.rank - info.rank)
+        found = None if isinstance(rule, Prelu) and x is op.operands[1] else found
     else:
         found = None
     if found is None or found < 0 or info.key(found) != op.out.key(axis):
@@ -197,8 +200,14 @@ def _axis_out(op: Op, x: fx.Node, axis: int) -> int | None:
     return next((other for other in range(op.out.rank) if _axis_in(op, x, other) == axis), None)
 
 
-def _adapter(program: Program, edge: Edge, stand_ins: Tensor | None = None) -> Adapter:
-    """What has to pass along an edge: what is asked for and not known, and the known channels in `stand_ins`."""
+def _adapter(
+    program: Program, edge: Edge, read: Tensor | None = None, stand_ins: Tensor | None = None
+) -> Adapter:
+    """What has to pass along an edge: what is asked for and not known, and the known channels in `stand_ins`.
+
+    So do constants that differ by position, of all channels or those in `read`: known values behind the edge come of
+    them, though nobody asks for them.
+    """
     source, axis, analysis = edge.source, edge.axis, program.analysed()
     info = program.infos[source]
     facts = analysis.facts[source.name]
@@ -206,6 +215,8 @@ def _adapter(program: Program, edge: Edge, stand_ins: Tensor | None = None) -> A
     constants = flat.known_value.expand_as(along(torch.zeros(info.sizes[axis]), axis, info.rank)).flatten()
     asked = analysis.demand[source.name] if edge.user is None else _demand_of(program, edge, analysis)
     needed = any_over_others(asked & ~flat.known, axis, info.sizes[axis])
+    uneven = any_over_others(facts.known & ~flat.known, axis, info.sizes[axis])
+    needed = needed | (uneven if read is None else uneven & read)
     if stand_ins is not None:
         needed = needed | stand_ins
     return Adapter(edge, needed.nonzero().flatten(), constants)

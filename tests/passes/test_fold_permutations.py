@@ -160,3 +160,26 @@ def test_any_mask_passes_a_folded_permutation(middle):
     result = check(Masked(), torch.randn(2, 3, 4, 4))
     assert shapes_of(result)["second.weight"] == (4, 3, 1, 1)
     assert targets_of(result) == [aten.conv2d.default, aten.relu.default, aten.conv2d.default]
+
+
+@pytest.mark.parametrize("place", ["in front", "behind"])
+def test_the_slopes_of_a_prelu_go_with_the_channels_that_are_moved(place):
+    prelu = nn.PReLU(8)
+    prelu.weight = nn.Parameter(torch.linspace(-1.0, 1.0, 8))
+    if place == "in front":
+        chain = nn.Sequential(nn.ChannelShuffle(4), prelu, nn.Conv2d(8, 4, 1))
+        result = check(chain, torch.randn(2, 8, 4, 4))
+    else:
+        chain = nn.Sequential(nn.Conv2d(3, 8, 1), prelu, nn.ChannelShuffle(4))
+        result = check(chain, torch.randn(2, 3, 4, 4))
+    assert not any(target in MOVES for target in targets_of(result))
+
+
+@pytest.mark.parametrize("dim", [1, None])
+def test_a_permutation_stays_in_front_of_what_numbers_the_channels(dim):
+    class Best(nn.Module):
+        def forward(self, x):
+            return shuffle(x).argmax(dim)
+
+    result = check(Best(), torch.randn(2, 8, 4, 4))
+    assert aten.index_select.default in targets_of(result)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.export import Dim
 
 from passes import Canonicalize, Pipeline, SeparateAxes
-from tests.passes.support import assert_same, capture, targets_of
+from tests.passes.support import assert_same, capture, check, targets_of
 
 aten = torch.ops.aten
 HEADS = 4
@@ -103,3 +103,19 @@ def test_it_changes_nothing_the_second_time():
     result = separated(lambda x: apart(torch.relu(flat(x))), torch.randn(2, HEADS, 5, 3))
     again = SeparateAxes()(result).program
     assert targets_of(again) == targets_of(result)
+
+
+@pytest.mark.parametrize("heads", [4, 5])
+def test_the_slopes_of_a_prelu_stay_with_their_channels(heads):
+    prelu = nn.PReLU(5)
+    prelu.weight = nn.Parameter(torch.linspace(-1.0, 1.0, 5))
+
+    class Sloped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.prelu = prelu
+
+        def forward(self, x):
+            return self.prelu(x.reshape(-1, 5, 3)).reshape(-1, heads, 5, 3)
+
+    check(Sloped(), torch.randn(2, heads, 5, 3))

@@ -195,3 +195,23 @@ def test_random_streams_stay_exact_with_every_gather(seed):
         Residual(8, *((None, 1 + k)[torch.rand(()) < 0.7] for _ in range(2)), bias=k % 2 == 0) for k in kinds
     ]
     check(stream(*blocks), IMAGE)
+
+
+def test_constants_that_differ_by_position_pass_an_edge_although_nobody_asks_for_what_comes_of_them():
+    class Positions(nn.Module):
+        """Two layers that read other channels of a masked value, which has a constant at every position."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.wide, self.narrow = nn.Linear(16, 16), nn.Linear(16, 64), nn.Linear(16, 4)
+            self.register_buffer("mask", (torch.arange(16) < 6).float())
+            self.register_buffer("place", torch.rand(5, 16) * (torch.arange(16) < 9))
+            with torch.no_grad():
+                self.wide.weight[:, :4] = 0.0
+                self.wide.weight[:, 12:] = 0.0
+
+        def forward(self, x):
+            x = self.first(x) * self.mask + self.place
+            return self.wide(torch.sigmoid(x)), self.narrow(x)
+
+    check(Positions(), torch.randn(2, 5, 16))
