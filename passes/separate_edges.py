@@ -14,7 +14,8 @@ Edges are looked for from the contractions: a layer that reads channels it does 
 needs, is followed through elementwise and per-channel operators to the value where the coupling begins. The cost model
 says whether the multiply-adds saved are worth the entries moved.
 
-Not covered: groups, couplings through views, and constants that differ by position (they stay in S).
+Not covered: groups, couplings through views, and constants that differ by position: they stay in S, asked for or not,
+since a known entry asks nothing of its operands and yet has to come out as it is.
 """
 
 from __future__ import annotations
@@ -205,7 +206,8 @@ def _adapter(program: Program, edge: Edge, stand_ins: Tensor | None = None) -> A
     flat = flatten_facts(facts, [other for other in range(info.rank) if other != axis])
     constants = flat.known_value.expand_as(along(torch.zeros(info.sizes[axis]), axis, info.rank)).flatten()
     asked = analysis.demand[source.name] if edge.user is None else _demand_of(program, edge, analysis)
-    needed = any_over_others(asked & ~flat.known, axis, info.sizes[axis])
+    varying = (facts.known_value != 0) & ~flat.known
+    needed = any_over_others((asked & ~flat.known) | varying, axis, info.sizes[axis])
     if stand_ins is not None:
         needed = needed | stand_ins
     return Adapter(edge, needed.nonzero().flatten(), constants)
