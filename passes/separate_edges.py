@@ -14,7 +14,8 @@ Edges are looked for from the contractions: a layer that reads channels it does 
 needs, is followed through elementwise and per-channel operators to the value where the coupling begins. The cost model
 says whether the multiply-adds saved are worth the entries moved.
 
-Not covered: groups, couplings through views, and constants that differ by position (they stay in S).
+Not covered: groups, couplings through views, and constants that differ by position: they stay in S, asked for or not,
+since a known entry asks nothing of its operands and yet has to come out as it is.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from tests.fuzz.layers import CONVOLUTIONS, Kind, WithBuffer, fill, sequence
 from tests.fuzz.masks import mask, thin
 
 
-def _like(x: Shape, channels: int, axis: int = 1) -> Shape:
+def like(x: Shape, channels: int, axis: int = 1) -> Shape:
     """The shape with another number of channels."""
     swap = lambda sizes: (*sizes[:axis], channels, *sizes[axis + 1 :])  # noqa: E731
     return Shape(swap(x.sizes), swap(x.other))
@@ -54,7 +54,7 @@ def dense(draw: Draw, x: Shape) -> nn.Module | None:
     first = layers.linear(draw, x)
     if first is None:
         return None
-    y = _like(x, first.out_features, x.rank - 1)
+    y = like(x, first.out_features, x.rank - 1)
     last = y.rank - 1
     parts = [
         mask(draw, x, last) if draw.chance(0.4) else None,
@@ -77,7 +77,7 @@ class Sum(nn.Module):
         return self.first(x) + self.second(x)
 
 
-def _conv_like(draw: Draw, x: Shape, out: int) -> nn.Module:
+def conv_like(draw: Draw, x: Shape, out: int) -> nn.Module:
     """A convolution of stride 1 that keeps the positions, or a linear layer where there are none."""
     if x.rank not in {3, 4, 5}:
         layer: nn.Module = nn.Linear(x.sizes[1], out, bias=draw.chance(0.5))
@@ -97,21 +97,21 @@ def residual(draw: Draw, x: Shape) -> nn.Module | None:
     if x.rank not in {2, 3, 4, 5} or not x.is_static(1):
         return None
     inner, out = draw.randint(1, 6), x.sizes[1] if draw.chance(0.7) else draw.randint(1, 6)
-    y, z = _like(x, inner), _like(x, out)
+    y, z = like(x, inner), like(x, out)
     branch = sequence(
         [
-            _conv_like(draw, x, inner),
+            conv_like(draw, x, inner),
             mask(draw, y, 1) if draw.chance(0.4) else None,
             layers.batch_norm(draw, y) if draw.chance(0.5) else None,
             layers.activation(draw, y),
-            _conv_like(draw, y, out),
+            conv_like(draw, y, out),
             layers.batch_norm(draw, z) if draw.chance(0.4) else None,
             mask(draw, z, 1) if draw.chance(0.6) else None,
         ]
     )
     shortcut = sequence(
         [
-            None if out == x.sizes[1] and draw.chance(0.7) else _conv_like(draw, x, out),
+            None if out == x.sizes[1] and draw.chance(0.7) else conv_like(draw, x, out),
             mask(draw, z, 1) if draw.chance(0.5) else None,
         ]
     )
@@ -135,13 +135,13 @@ def squeeze_excite(draw: Draw, x: Shape) -> nn.Module | None:
     if not x.is_static(1):
         return None
     vector = Shape(x.sizes[:2], x.other[:2])
-    inner = _like(vector, draw.randint(1, 4))
+    inner = like(vector, draw.randint(1, 4))
     gate = sequence(
         [
-            _conv_like(draw, vector, inner.sizes[1]),
+            conv_like(draw, vector, inner.sizes[1]),
             mask(draw, inner, 1) if draw.chance(0.4) else None,
             nn.ReLU(),
-            _conv_like(draw, inner, x.sizes[1]),
+            conv_like(draw, inner, x.sizes[1]),
             mask(draw, vector, 1) if draw.chance(0.3) else None,
             draw.one((nn.Sigmoid, nn.Hardsigmoid))(),
         ]

@@ -157,6 +157,25 @@ def test_an_operator_that_zeros_would_upset_is_read_whole():
     assert order == [aten.log.default, order[1]]
 
 
+class Positioned(nn.Module):
+    """A layer with two rows of zeros; what is left of those, its bias, is scaled differently at each position."""
+
+    def __init__(self, behind):
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+        self.layer.weight.data[1:3] = 0.0
+        self.behind = behind
+        self.register_buffer("scale", torch.rand(4, 1) + 0.5)
+
+    def forward(self, x):
+        return self.behind(torch.relu(self.layer(x) + 1.0) * self.scale)
+
+
+@pytest.mark.parametrize("behind", [nn.Softmax(1), nn.Sequential(nn.Softmax(1), nn.Linear(5, 3))])
+def test_constants_that_differ_by_position_pass_though_nobody_asks_for_them(behind):
+    check(Positioned(behind), torch.randn(2, 4, 6))
+
+
 def test_without_a_cheap_gather_the_coupling_keeps_the_union():
     small = check(stream(Residual(8, reads=3, adds=3)), IMAGE, cost=Dear())
     assert widths(small) == [(8, 3), (8, 8), (8, 8), (2, 8)]
