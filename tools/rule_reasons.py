@@ -62,6 +62,11 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "forward backward",
         "The variance of a single entry is 0 whatever it is: no network asks for it.",
     ),
+    (
+        "aten.scaled_dot_product_attention.*",
+        "backward",
+        "Where a query attends to one position alone, queries and keys do not count: such a call is not looked for.",
+    ),
 )
 
 

@@ -64,6 +64,8 @@ class Trial(Case):
         self.style = style
         super().__init__(sample, seed)
         self.palette = _palette(sample)
+        kinds = {leaf.dtype for leaf in leaves(sample) if isinstance(leaf, (X, Tensor))}
+        self.reads_positions = torch.int64 in kinds and any(kind.is_floating_point for kind in kinds)
 
     def _facts(self, operand: fx.Node) -> Facts:
         if operand.op == "get_attr" or self.style == "plain":
@@ -103,7 +105,7 @@ class Trial(Case):
         """Values that agree with the facts, the unknown entries of varied scale and sign."""
         found = {}
         pick = int(torch.randint(len(self.palette), (), generator=self.generator))
-        everywhere = self.palette[pick] if wide and self.coin(0.15) else None
+        everywhere = self.palette[pick] if wide and self.coin(0.25) else None
         for (node, variable), facts in zip(self.variables, self._variable_facts(), strict=True):
             fresh = self._fresh(node, variable) if wide else variable.sample(self.generator)
             if everywhere is not None:
@@ -116,6 +118,8 @@ class Trial(Case):
         if variable.dtype == torch.bool or (is_limited and self.coin()):
             return variable.sample(self.generator)
         if not variable.dtype.is_floating_point:
+            if self.reads_positions:  # not every kernel checks them
+                return variable.sample(self.generator)
             return torch.randint(-4, 9, variable.shape, generator=self.generator).to(variable.dtype)
         unit = torch.randn(variable.shape, generator=self.generator, dtype=variable.dtype)
         value: Tensor = unit * 10.0 ** float(torch.empty(()).uniform_(-1.5, 1.5, generator=self.generator))
@@ -177,16 +181,24 @@ def missing(trial: Trial, law: str) -> Count:
     return sum((found(trial, op) for op in trial.ops), Count())
 
 
-def _fillings(trial: Trial, op: Op, count: int) -> Iterator[dict[fx.Node, Tensor]]:
-    """Wide fillings where the call takes them, else those of the sample's own range."""
-    wide = True
-    try:
-        for _ in range(3):
-            trial.run(op, trial.fill())
-    except (RuntimeError, IndexError):
-        wide = False
+def _fillings(trial: Trial, op: Op, count: int) -> Iterator[tuple[dict[fx.Node, Tensor], Tensor]]:
+    """Fillings that the call takes, with its results: wide ones, or else those of the sample's own range."""
+    refused = 0
     for _ in range(count):
-        yield trial.fill(wide)
+        values = trial.fill(wide=refused < 3)
+        result = _run(trial, op, values)
+        if result is None:
+            refused += 1
+        else:
+            yield values, result
+
+
+def _run(trial: Trial, op: Op, values: dict[fx.Node, Tensor]) -> Tensor | None:
+    """The result, None where torch refuses the values (an integer divided by 0, an index out of bounds)."""
+    try:
+        return trial.run(op, values)
+    except (RuntimeError, IndexError, ZeroDivisionError):
+        return None
 
 
 def _missing_forward(trial: Trial, op: Op) -> Count:
@@ -197,8 +209,8 @@ def _missing_forward(trial: Trial, op: Op) -> Count:
     low, high = torch.full(sizes, torch.inf), torch.full(sizes, -torch.inf)
     low, high = low.double(), high.double()
     for count in (FILLINGS, CONFIRMATIONS):
-        for position, values in enumerate(_fillings(trial, op, count)):
-            least, most = _extremes(info, trial.run(op, values))
+        for position, (_, result) in enumerate(_fillings(trial, op, count)):
+            least, most = _extremes(info, result)
             low, high = torch.minimum(low, least), torch.maximum(high, most)
             if position % 8 == 7 and not bool((_agree(low, high) & ~known).any()):
                 return Count(int(known.sum()), 0)
@@ -235,7 +247,7 @@ def _missing_backward(trial: Trial, op: Op) -> Count:
     unknown = dict(zip(op.operands, (~fact.known for fact in trial.facts), strict=True))
     suspects = {node: (live[node] & unknown[node]).expand(x.shape).clone() for node, x in trial.variables}
     dead = sum(int((~live[node] & unknown[node]).expand(x.shape).sum()) for node, x in trial.variables)
-    for values in _fillings(trial, op, 4):
+    for values, _ in _fillings(trial, op, 4):
         for node, moved in _gradients(trial, op, values, asked).items():
             suspects[node] &= ~_spread(trial, node, moved)
     entries = [
@@ -279,11 +291,18 @@ def _quiet(
     """The entries of operands whose changes never change what is asked for: all of them, or those of each half."""
     if not entries:
         return []
-    for values, fresh in zip(_fillings(trial, op, count), _fillings(trial, op, count), strict=True):
+    compared = 0
+    for (values, result), (fresh, _) in zip(
+        _fillings(trial, op, count), _fillings(trial, op, count), strict=False
+    ):
         changed = {node: value.clone() for node, value in values.items()}
         for node, index in entries:
             changed[node].view(-1)[index] = fresh[node].reshape(-1)[index]
-        before, after = trial.run(op, values)[asked], trial.run(op, changed)[asked]
+        after = _run(trial, op, changed)
+        if after is None:
+            continue
+        compared += 1
+        before, after = result[asked], after[asked]
         if not bool(torch.isclose(before, after, rtol=1e-12, atol=0.0, equal_nan=True).all()):
             if len(entries) == 1:
                 return []
@@ -291,7 +310,7 @@ def _quiet(
             return _quiet(trial, op, asked, entries[:half], count) + _quiet(
                 trial, op, asked, entries[half:], count
             )
-    return entries
+    return entries if 2 * compared >= count else []
 
 
 def _missing_couple(trial: Trial) -> Count:
@@ -308,7 +327,7 @@ def _missing_couple(trial: Trial) -> Count:
         for index in (solved.keep.get(node, axis) & ~start.keep.get(node, axis)).nonzero().flatten()
     ]
     spare: set[tuple[fx.Node, int, int]] = set()
-    for group in _removals(trial, widened):
+    for group in () if trial.reads_positions else _removals(trial, widened):
         if not group <= spare and _does_without(trial, start, set(widened) - group):
             spare |= group
     reasons = tuple(
