@@ -132,9 +132,7 @@ def _wasted_rows(program: Program, this: Contraction, macs: dict[str, int]) -> t
     return [adapter], macs[this.op.node.name] * (this.out_channels - kept) // this.out_channels
 
 
-def _adapters_above(
-    program: Program, adapter: Adapter, read: Tensor, stand_ins: Tensor
-) -> Iterator[Adapter]:
+def _adapters_above(program: Program, adapter: Adapter, read: Tensor, stand_ins: Tensor) -> Iterator[Adapter]:
     """The adapters, as far up as they are no wider, that cut what one reader sees of a value loose from the rest.
 
     They stand where others read the value too, at the network's inputs, and behind what is no elementwise operator.
