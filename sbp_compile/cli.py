@@ -172,7 +172,7 @@ def _compile(options: argparse.Namespace, console: Console) -> Compiled:
     from sbp_compile.capture.model_file import load_model
     from sbp_compile.compiler import compile_file
 
-    pipeline = default_pipeline(FewestMacs() if options.fewest_macs else None)
+    pipeline = default_pipeline(FewestMacs()) if options.fewest_macs else None
     with console.status("reading the model") as status:
         model = load_model(options.model)
         status.update("compiling")

@@ -28,6 +28,7 @@ from peer_case import Case, Outcome, Spec, build, export, results
 from torch import nn
 
 import sbp_compile
+from passes import CostModel, FewestMacs, default_pipeline
 
 TORCHVISION_CLASSES = {
     "torchvision.models": ("MobileNetV3", "ShuffleNetV2"),
@@ -40,13 +41,19 @@ def masked(case: Case) -> Outcome:
     return Outcome(module=case.network)
 
 
-def ours(case: Case) -> Outcome:
+def ours(case: Case, cost: CostModel | None = None) -> Outcome:
     """What `sbp_compile.compile` gives; compiled in float64 for the error and in float32 for the file."""
-    module = sbp_compile.compile(case.network, case.example, verify=False).module
+    pipeline = default_pipeline(cost)
+    module = sbp_compile.compile(case.network, case.example, verify=False, pipeline=pipeline).module
     float32 = tuple(value.float() if value.is_floating_point() else value for value in case.example)
     path = case.folder / "small.onnx"
-    sbp_compile.compile(case.network32(), float32).save(path)
+    sbp_compile.compile(case.network32(), float32, pipeline=pipeline).save(path)
     return Outcome(module=module, model=onnx.load(str(path)))
+
+
+def ours_smallest(case: Case) -> Outcome:
+    """The same with every gather and map that saves a multiply-add, as `--fewest-macs` does."""
+    return ours(case, FewestMacs())
 
 
 def torch_simplify(case: Case) -> Outcome:
@@ -131,6 +138,7 @@ class Tool:
 TOOLS: dict[str, Tool] = {
     "masked": Tool(None, masked),
     "sbp_compile": Tool(None, ours),
+    "sbp_compile --fewest-macs": Tool(None, ours_smallest),
     "torch-pruning, usual": Tool("torch-pruning", peer_torch_pruning.usual),
     "torch-pruning, careful": Tool("torch-pruning", peer_torch_pruning.careful),
     "OpenVINO pruning": Tool("openvino", peer_openvino.pruning),

@@ -14,12 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 from torch import fx
 
+from passes.ir import schema
 from passes.ir.analysis import Analysis
-from passes.ir.cost import Cost, count, macs_by_node
+from passes.ir.cost import TRANSPOSED, Cost, count, macs_by_node
 from passes.ir.pipeline import Note, Step
 from passes.ir.program import Program
 from passes.rules import OPAQUE, rule_for
-from passes.rules.layer import SPATIAL_RANK, describe, is_contraction
+from passes.rules.layer import SPATIAL_RANK
 from sbp_compile.verify import Verification
 
 
@@ -131,9 +132,14 @@ def _weights(program: Program) -> dict[str, tuple[str, int, int]]:
     """Return (operator, output channels, input channels) of each contraction, by name."""
     found = {}
     for node in program.calls():
-        if node.target in SPATIAL_RANK and node in program.infos and is_contraction(program.op(node)):
-            weight = describe(program.op(node)).weight
-            found[node.name] = (str(node.target).split(".")[1], weight.shape[0], weight.shape[1])
+        weight = program.constant(node.args[1]) if node.target in SPATIAL_RANK else None
+        if weight is None or weight.ndim < 2:
+            continue
+        outputs, inputs = weight.shape[:2]
+        if node.target in TRANSPOSED:
+            groups = schema.bind(node)["groups"]
+            outputs, inputs = inputs * groups, outputs // groups
+        found[node.name] = (str(node.target).split(".")[1], outputs, inputs)
     return found
 
 

@@ -113,10 +113,10 @@ def test_the_page_explains_gaps_above_five_percent_and_lists_failures(tools):
     ]
     page = tools["page"].page(rows, 0)
     assert (
-        "| lenet5 | LeNet | 1 of 1 | 1.0e-15 | - | 1.33x | 2.00x | 50.0% | 50.0% (random, 50%) | 3.0 |"
+        "| lenet5 | LeNet | 1 of 1 | 1.0e-15 | - | 1.33x | 2.00x | 50.0% | 50.0% (random, 50%) | 50.0% | 3.0 |"
         in page
     )
-    assert "- **lenet5** (50%): aligned by add 100%" in page
+    assert "- **lenet5** (50%, with all gathers 50%): aligned by add 100%" in page
     assert "**vgg11**" not in page
     assert "in no count: vgg11 (3)." in page
     assert "| bert | LeNet | 0 of 1 |" in page
