@@ -33,7 +33,7 @@ coupling keeps the union) over the time with a gather on every such edge; above 
 many of the edges the default cost model cuts. It has to cut where that pays at batch 1 and does not cost at batch 16.
 onnxruntime {onnxruntime}, one thread, {processor}.
 
-Command: `python tools/adapter_cost.py --write`
+Command: `python tools/adapter_cost.py --budget {budget:g} --stride {stride} --write`
 
 | channels | size | kept | masked | MACs saved by gathers | batch 1 | batch 16 | taken |
 |---|---|---|---|---|---|---|---|
@@ -172,7 +172,8 @@ def main() -> None:
     options = parser.parse_args()
     table = list(rows(options.budget, options.stride))
     if options.write:
-        write_atomically(RESULT, HEADER.format(**environment()) + "\n".join(table) + "\n")
+        head = HEADER.format(**environment(), budget=options.budget, stride=options.stride)
+        write_atomically(RESULT, head + "\n".join(table) + "\n")
 
 
 if __name__ == "__main__":
