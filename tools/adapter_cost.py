@@ -30,7 +30,7 @@ Four residual blocks x + conv(relu(conv(x))), 3x3, on feature maps of the given 
 Masked at random: what the first layer of each block reads ("read"), what its second layer adds ("add", and "add const"
 where a masked channel leaves a constant), or both; the stream itself keeps all channels. Time without gathers (the
 coupling keeps the union) over the time with a gather on every such edge; above 1 the gathers are faster. "taken": how
-many of the edges the default cost model cuts. It has to cut where that pays at batch 1 and does not cost at batch 16.
+many of the edges the default cost model cuts; it looks at one edge at a time, at example sizes, and not at widths.
 onnxruntime {onnxruntime}, one thread, {processor}.
 
 Command: `python tools/adapter_cost.py --budget {budget:g} --stride {stride} --write`
