@@ -28,7 +28,7 @@ PHASES = ("capture", "passes", "verification")
 HEADER = """\
 # How compile time grows
 
-A chain of n masked 3x3 convolutions of 8 channels with relu, and a dense block of n masked 1x1 convolutions that each
+A chain of n masked 3x3 convolutions of 8 channels with tanh, and a dense block of n masked 1x1 convolutions that each
 read everything made before them and add one channel (so its weights grow with n squared). Half of the channels masked.
 Exponent: the slope of a line through log seconds over log n, by least squares. Capture is torch.export's own time.
 
@@ -44,17 +44,14 @@ class Chain(nn.Module):
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        layers = [nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(count)]
-        for layer in layers:
-            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(count))
         self.register_buffer(
             "masks", (torch.rand(count, 8, 1, 1) < 0.5).float().index_fill(1, torch.tensor(0), 1.0)
         )
 
     def forward(self, x: Tensor) -> Tensor:
         for layer, mask in zip(self.layers, self.masks, strict=True):  # type: ignore[arg-type]
-            x = torch.relu(layer(x)) * mask
+            x = torch.tanh(layer(x)) * mask
         return x
 
 
