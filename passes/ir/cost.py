@@ -46,11 +46,16 @@ class CountingModel:
 
     Fitted to docs/results/adapters.md. What it takes there pays at batch 1; it is up to 9% off where the narrower layer
     has a width that the runtime handles badly (24 channels), and for a small linear layer at batch 16.
+
+    A constant map costs its own call and each entry (docs/results/maps.md), and must not make the file much larger.
     """
 
     macs_per_gather: int = 12_000
     macs_per_run: int = 180
     macs_per_entry: int = 60
+    macs_per_map: int = 4_000
+    macs_per_map_entry: int = 5
+    largest_map: int = 1 << 17
 
     def gathers_pay(self, copies: Sequence[tuple[int, int]], saved_macs: int) -> bool:
         cost = sum(
@@ -60,7 +65,9 @@ class CountingModel:
         return saved_macs > cost
 
     def map_pays(self, entries: int, saved_macs: int) -> bool:
-        return saved_macs > self.macs_per_gather + self.macs_per_entry * entries
+        if entries > self.largest_map:
+            return False
+        return saved_macs > self.macs_per_map + self.macs_per_map_entry * entries
 
 
 @dataclass(frozen=True)
