@@ -273,7 +273,7 @@ def _gradients(trial: Trial, op: Op, values: dict[fx.Node, Tensor], asked: Tenso
         )
     except (RuntimeError, NotImplementedError):
         return {}
-    return {node: (part != 0) for node, part in zip(tracked, found, strict=True) if part is not None}
+    return {node: part.to_dense() != 0 for node, part in zip(tracked, found, strict=True) if part is not None}
 
 
 def _spread(trial: Trial, node: fx.Node, mask: Tensor) -> Tensor:
