@@ -36,6 +36,7 @@ from rule_reasons import reasons_for
 from rule_trials import LAWS, STYLES, Count, Trial, incorrect, missing, size_of
 from rule_variants import vary
 
+from passes.ir import schema
 from passes.rules import registered_rules
 from sbp_compile.atomic import write_atomically
 from tests.passes.rules.laws import Sample
@@ -84,7 +85,7 @@ def _written(value: Any) -> str:
         return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' * (len(value) == 1)})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name!r}: {_written(item)}" for name, item in value.items()) + "}"
-    return f"torch.ops.{value}" if isinstance(value, torch._ops.OpOverload) else repr(value)
+    return f"torch.ops.{value}" if schema.is_overload(value) else repr(value)
 
 
 @dataclass
