@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from tests.fuzz import checks, networks
 from tests.fuzz.networks import Spec, Step
 
-FLOAT64_NETWORKS = 60
+FLOAT64_NETWORKS = 40
 MASKS_EACH = 4
-DRAWN_NETWORKS = 60
-ONNX_NETWORKS = 60
-CHUNK = 20
-LEAST_TESTED = 0.9
+DRAWN_NETWORKS = 50
+ONNX_NETWORKS = 36
+FLOAT64_CHUNK, ONNX_CHUNK = 20, 12
+LEAST_TESTED = 0.8  # torch refuses some networks with dynamic sizes, all their masks at once
 
 steps = st.builds(
     Step, kind=st.sampled_from(networks.ALL_KINDS), back=st.integers(0, 5), seed=st.integers(0, 1 << 16)
@@ -46,15 +46,15 @@ def fail(spec, failure, check):
     pytest.fail(f"{failure}\n{checks.description(smaller)}")
 
 
-@pytest.mark.parametrize("first", range(0, FLOAT64_NETWORKS, CHUNK))
+@pytest.mark.parametrize("first", range(0, FLOAT64_NETWORKS, FLOAT64_CHUNK))
 def test_the_small_network_equals_the_masked_one_in_float64(first):
     tested = 0
-    for seed in range(first, first + CHUNK):
+    for seed in range(first, first + FLOAT64_CHUNK):
         for spec, found in checks.check_variants(networks.spec_of(seed), MASKS_EACH):
             if isinstance(found, checks.FuzzError):
                 fail(spec, found, checks.check_passes)
             tested += not found.rejected
-    assert tested >= LEAST_TESTED * CHUNK * MASKS_EACH
+    assert tested >= LEAST_TESTED * FLOAT64_CHUNK * MASKS_EACH
 
 
 @settings(
@@ -69,16 +69,16 @@ def test_any_network_that_can_be_drawn_compiles_to_itself(spec):
     checks.check_passes(spec)
 
 
-@pytest.mark.parametrize("first", range(10_000, 10_000 + ONNX_NETWORKS, CHUNK))
+@pytest.mark.parametrize("first", range(10_000, 10_000 + ONNX_NETWORKS, ONNX_CHUNK))
 def test_the_onnx_file_equals_the_masked_network_in_onnxruntime(first, tmp_path):
     tested = 0
-    for seed in range(first, first + CHUNK):
+    for seed in range(first, first + ONNX_CHUNK):
         spec = networks.spec_of(seed)
         try:
             tested += not checks.check_compile(spec, tmp_path).rejected
         except checks.FuzzError as failure:
             fail(spec, failure, lambda smaller: checks.check_compile(smaller, tmp_path))
-    assert tested >= LEAST_TESTED * CHUNK
+    assert tested >= LEAST_TESTED * ONNX_CHUNK
 
 
 def test_a_spec_always_builds_the_same_network():
