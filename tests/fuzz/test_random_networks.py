@@ -37,6 +37,7 @@ def one_thread():
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using padding='same' with even kernel lengths")
+        warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
         yield
     torch.set_num_threads(threads)
 
