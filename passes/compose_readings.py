@@ -2,7 +2,8 @@
 
 - a reading of a reading along the same axis is one reading of the source: slice of slice, flip of index_select;
 - a reading of a concatenation becomes a reading of the operands that it meets, one after the other (cat, then split);
-- a concatenation of concatenations is one; neighbours that read on in one source become one reading, and pieces that
+- a concatenation of concatenations is one, if nobody else reads the inner one (in a dense block each layer does, and n
+  layers would make n squared operands); neighbours that read on in one source become one reading, and pieces that
   together are all of a source become the source;
 - select of stack is the operand; equal readings of one value are one call;
 - a chain of views and permutations that only reorders one axis (a channel shuffle written with views) becomes one
@@ -85,6 +86,7 @@ class _Composer:
     stacks: dict[tuple[fx.Node, int], tuple[fx.Node, ...]] = field(default_factory=dict)
     chains: dict[fx.Node, tuple[tuple[fx.Node, Layout], ...]] = field(default_factory=dict)
     held: dict[tuple[fx.Node, int, bytes], fx.Node] = field(default_factory=dict)
+    shared: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.rewriter = Rewriter(self.program)
@@ -112,6 +114,8 @@ class _Composer:
         if isinstance(rule, Concatenate) and op.out.is_static(joined_axis(op)):
             axis = joined_axis(op)
             self.pieces.setdefault((new, axis), tuple(self._operand_pieces(op, axis)))
+            if len(node.users) > 1:
+                self.shared.add(new)
         elif isinstance(rule, Stack):
             values = tuple(self.rewriter.value(operand) for operand in op.operands)
             self.stacks[new, joined_axis(op)] = values
@@ -130,15 +134,25 @@ class _Composer:
     def _operand_pieces(self, op: Op, axis: int) -> Iterable[Piece]:
         for operand in op.operands:
             count = op.info_of(operand).sizes[axis]
-            yield from self._resolved([Piece(self.rewriter.value(operand), torch.arange(count), count)], axis)
+            whole = Piece(self.rewriter.value(operand), torch.arange(count), count)
+            yield from self._resolved([whole], axis, through_shared=False)
 
-    def _resolved(self, pieces: Iterable[Piece], axis: int) -> list[Piece]:
-        """The same entries read from as far back as they can be, neighbours joined."""
+    def _resolved(self, pieces: Iterable[Piece], axis: int, through_shared: bool = True) -> list[Piece]:
+        """The same entries read from as far back as they can be, neighbours joined.
+
+        Without `through_shared` a concatenation that others read, too, is taken whole.
+        """
         found: list[Piece] = []
-        for piece in pieces:
+        ahead = list(pieces)[::-1]
+        while ahead:
+            piece = ahead.pop()
             behind = self.pieces.get((piece.source, axis))
-            parts = None if behind is None else _runs(piece.positions, behind)
-            found += [piece] if parts is None else parts
+            stays = behind is None or (not through_shared and piece.source in self.shared and piece.is_whole)
+            parts = None if stays or behind is None else _runs(piece.positions, behind)
+            if parts is None:
+                found.append(piece)
+            else:
+                ahead += parts[::-1]
         return _joined(found)
 
     def _reading(self, op: Op, reading: Reading) -> fx.Node | None:

@@ -8,7 +8,7 @@ from torch import nn
 from passes import Pipeline
 from passes.canonicalize import Canonicalize
 from passes.compose_readings import ComposeReadings
-from tests.passes.support import assert_same, capture, targets_of
+from tests.passes.support import assert_same, capture, check, targets_of
 
 aten = torch.ops.aten
 DIALECT = Pipeline((Canonicalize(), Canonicalize(), ComposeReadings(), Canonicalize()))
@@ -80,3 +80,19 @@ def test_what_is_moved_several_times_is_moved_once(forward, wanted, dynamic):
 
 def test_axes_that_do_not_divide_are_no_chain():
     assert calls(lambda x: x.flatten(1).reshape(-1, 10, 3), 2, 5, 6) == ["reshape", "reshape"]
+
+
+def test_a_concatenation_that_others_read_is_joined_as_it_is():
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(3 + number, 1, 1) for number in range(12))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = torch.cat((x, torch.relu(layer(x))), 1)
+            return x
+
+    small = check(Dense(), torch.randn(2, 3, 4, 4))
+    joined = [node for node in small.calls() if node.target is aten.cat.default]
+    assert [len(node.args[0]) for node in joined] == [2] * 12
