@@ -12,6 +12,9 @@ from passes.rules.pointwise import QUOTIENTS, UNSAFE
 
 _UNSAFE = " ".join(str(overload) for overload in (*UNSAFE, *QUOTIENTS, "aten.pow.Tensor_Scalar"))
 _COMPARISONS = " ".join(f"aten.{name}.*" for name in ("eq", "ne", "lt", "le", "gt", "ge"))
+_ONE_ENTRY = (
+    "A call on one entry, or whose result its arguments decide alone, is not looked for: no network makes it."
+)
 
 REASONS: tuple[tuple[str, str, str], ...] = (
     (
@@ -21,18 +24,19 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "are asked for.",
     ),
     (
-        "aten.isnan.* aten.isinf.* aten.isfinite.*",
+        "aten.isnan.* aten.isinf.* aten.isfinite.* aten.isposinf.* aten.isneginf.*",
         "forward backward",
         "Always the same for finite values, but asked for the sake of the others.",
     ),
     (
-        f"{_COMPARISONS} aten.clamp* aten.minimum.* aten.maximum.* aten.floor_divide.* aten.div.*_mode",
+        f"{_COMPARISONS} aten.clamp* aten.minimum.* aten.maximum.* aten.floor_divide.* aten.div.*_mode "
+        "aten.heaviside.* aten.prelu.*",
         "forward backward",
         "Decided by the range of the dtype or by extreme arguments (no integer equals 1.5, no truth value exceeds 1, "
         "a clamp whose bounds meet): ranges are not tracked.",
     ),
     (
-        "aten.pow.* aten.fmod.* aten.remainder.*",
+        "aten.pow.* aten.float_power.* aten.fmod.* aten.remainder.*",
         "forward backward",
         "x ** 0, 1 ** x and x % 1 of integers do not depend on x: such a call is not looked for.",
     ),
@@ -58,9 +62,56 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "for.",
     ),
     (
-        "aten.std.* aten.var.*",
+        "aten.std.* aten.var.* rules/ordering rules/scan rules/reduction",
         "forward backward",
-        "The variance of a single entry is 0 whatever it is: no network asks for it.",
+        _ONE_ENTRY,
+    ),
+    (
+        "rules/scan",
+        "couple",
+        "Axes whose entries meet are kept whole, zeros at their ends too.",
+    ),
+    (
+        "rules/reduction",
+        "couple",
+        "A product keeps the indices whose constants it cannot make up for; with a constant 0 among them it could drop "
+        "all the others, and is known already.",
+    ),
+    (
+        "aten.cumprod.* aten.xlogy.*",
+        "forward backward",
+        "0 times unknown is looked for in products of two tensors alone.",
+    ),
+    (
+        "aten.copysign.*",
+        "forward backward",
+        "A zero with a sign equals the other one; which of them it is may still show in a later division.",
+    ),
+    (
+        "aten.masked_fill.*",
+        "forward",
+        "Known wherever it is finite, but minus infinity is what the mask is for.",
+    ),
+    (
+        "rules/strided rules/shuffling",
+        "forward backward couple",
+        "Positions are kept whole, and several of them count as the box around them.",
+    ),
+    (
+        "rules/contraction",
+        "couple",
+        "Groups keep equally many channels each; that fewer would do where the weights of a group are all 0 is left to "
+        "the next round, when its channels are known.",
+    ),
+    (
+        "rules/recurrent",
+        "forward backward couple",
+        "A unit counts at all steps and for all examples of the batch together: neither of these are removed.",
+    ),
+    (
+        "rules/lookup",
+        "forward backward",
+        "A table is read by rows that only the input names, column by column; rows that no constant index names stay.",
     ),
     (
         "aten.scaled_dot_product_attention.*",

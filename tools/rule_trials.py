@@ -314,22 +314,27 @@ def _quiet(
 
 
 def _missing_couple(trial: Trial) -> Count:
-    """Indices kept beyond the necessary ones, and those of them that the rewrite can do without."""
+    """Indices kept beyond the necessary ones, and those of them that the rewrite can do without.
+
+    Those of constants follow the others and cost nothing: they are not counted.
+    """
     start = laws.start_keeping(trial)
     solved = _with_keep(trial, start, ())
     laws.solve(trial, solved)
     if not laws.left_over(trial, solved):
         return Count()
-    axes = [(node, axis) for node in _values(trial) for axis in _axes(trial, node)]
     widened = [
         (node, axis, int(index))
-        for node, axis in axes
+        for node in _values(trial)
+        for axis in _axes(trial, node)
         for index in (solved.keep.get(node, axis) & ~start.keep.get(node, axis)).nonzero().flatten()
     ]
     spare: set[tuple[fx.Node, int, int]] = set()
     for group in () if trial.reads_positions else _removals(trial, widened):
         if not group <= spare and _does_without(trial, start, set(widened) - group):
             spare |= group
+    counted = [node for node in _values(trial) if node.op != "get_attr"]
+    axes = [(node, axis) for node in counted for axis in _axes(trial, node)]
     reasons = tuple(
         why
         for node, axis in axes
@@ -337,7 +342,8 @@ def _missing_couple(trial: Trial) -> Count:
         for _ in range(number)
     )
     removed = sum(int((~solved.keep.get(node, axis)).sum()) for node, axis in axes)
-    return Count(removed, len(spare), len(widened) - len(spare), reasons)
+    missed = sum(node in counted for node, _, _ in spare)
+    return Count(removed, missed, sum(node in counted for node, _, _ in widened) - missed, reasons)
 
 
 def _axes(trial: Trial, node: fx.Node) -> list[int]:
@@ -359,7 +365,8 @@ def _removals(
             if entry[2] == index and trial.program.infos[entry[0]].sizes[entry[1]] == size
         }
     for entry in widened:
-        yield {entry}
+        if entry[0].op != "get_attr":
+            yield {entry}
 
 
 def _does_without(trial: Trial, start: Analysis, widened: set[tuple[fx.Node, int, int]]) -> bool:
