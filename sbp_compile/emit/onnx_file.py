@@ -20,6 +20,7 @@ from passes.ir.analysis import size_source
 from passes.ir.program import Input, Program, TensorInfo
 from sbp_compile.capture.export import quiet_export
 from sbp_compile.emit.module import emit_graph_module
+from sbp_compile.errors import UnsupportedModelError
 
 OPSET = 20
 LARGEST_EMBEDDED = 2_000_000_000
@@ -36,6 +37,7 @@ def onnx_model(
     """Return the ONNX model of a Program, rounded to its dtype; outputs without a name are left out.
 
     Interface dimensions are named: `batch` for the leading dynamic axis, `<input>_<axis>` for the others.
+    Raises UnsupportedModelError where torch's exporter has no translation of an operator.
     """
     module = emit_graph_module(program)
     _keep_outputs(module, [name is not None for name in output_names])
@@ -97,18 +99,30 @@ def _export(program: Program, module: fx.GraphModule, outputs: int, opset: int) 
     args = tuple(torch.zeros(entry.sizes, dtype=entry.dtype) for entry in program.inputs)
     with quiet_export(), _quiet_onnx():
         exported = torch.export.export(module, args, dynamic_shapes=_dynamic_shapes(program), strict=False)
-        converted = torch.onnx.export(
-            exported,
-            args,
-            dynamo=True,
-            opset_version=opset,
-            input_names=[entry.name for entry in program.inputs],
-            output_names=[f"sbp_compile.{position}" for position in range(outputs)],
-            verbose=False,
-        )
+        try:
+            converted = torch.onnx.export(
+                exported,
+                args,
+                dynamo=True,
+                opset_version=opset,
+                input_names=[entry.name for entry in program.inputs],
+                output_names=[f"sbp_compile.{position}" for position in range(outputs)],
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise UnsupportedModelError(
+                f"torch's ONNX exporter cannot translate the network: {_first_cause(error)}; write .pt2 instead"
+            ) from error
     assert converted is not None
     proto: onnx.ModelProto = converted.model_proto
     return proto
+
+
+def _first_cause(error: BaseException) -> str:
+    """What the chain of errors began with, as one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0].rstrip(".")
 
 
 def _dynamic_shapes(program: Program) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sbp_compile
 from passes import Program
 from sbp_compile.emit import onnx_file
 from sbp_compile.emit.module import emit_graph_module
-from sbp_compile.errors import OutputError, VerificationError
+from sbp_compile.errors import OutputError, UnsupportedModelError, VerificationError
 from tests.networks import Masked, assert_close, run_onnx
 
 
@@ -167,3 +167,21 @@ def test_neither_file_is_left_where_the_disk_is_full(
     with pytest.raises(OutputError, match="no space left on device"):
         large.save(tmp_path / "small.onnx")
     assert not names(tmp_path)
+
+
+class Products(nn.Module):
+    """Running products, which torch's exporter does not translate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cumprod(x, 1)
+
+
+def test_an_operator_that_the_exporter_does_not_know_is_refused_in_one_line(tmp_path: Path) -> None:
+    compiled = sbp_compile.compile(Products().eval(), torch.randn(2, 5))
+    with pytest.raises(
+        UnsupportedModelError, match=r"cannot translate the network: .*prod.*write \.pt2"
+    ) as found:
+        compiled.save(tmp_path / "small.onnx")
+    assert "\n" not in str(found.value)
+    assert not list(tmp_path.iterdir())
+    compiled.save(tmp_path / "small.pt2")
