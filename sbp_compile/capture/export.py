@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -175,7 +176,10 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
 
 
 def _first_reason(error: Exception) -> str:
-    """Return the line of a torch message that says what is wrong: the first bullet if there is one."""
+    """Return the line of a torch message that says what is wrong: an error that it quotes, or the first bullet."""
+    quoted = re.search(r"got \w+\([\"'](.+)[\"']\)", str(error))
+    if quoted:
+        return quoted[1]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     bullets = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
     return (bullets or lines or [type(error).__name__])[0]

@@ -10,20 +10,17 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
-from passes.ir import schema
-from passes.ir.program import Input, Origin, Program
+from passes.ir.program import Input, Program
+from sbp_compile.capture.branches import attribute, copy_control_flow, holds_branches
+from sbp_compile.capture.dialect import copy_call, provenance, widened
 from sbp_compile.capture.export import quiet_export
 from sbp_compile.errors import UnsupportedModelError
-
-aten = torch.ops.aten
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def program_from_export(exported: ExportedProgram) -> Program:
     """Return the Program of an exported program, in the ATen dialect that `run_decompositions({})` leaves.
 
-    Raises UnsupportedModelError where the graph mutates buffers or inputs, branches on data, draws random
+    Raises UnsupportedModelError where the graph mutates buffers or inputs, draws random
     numbers, or computes with values that are not finite: NaN anywhere, infinity in a parameter. (An infinite
     buffer is what an attention mask looks like.)
     """
@@ -41,7 +38,7 @@ def program_from_export(exported: ExportedProgram) -> Program:
             spec = specs[node.name]
             if spec.kind is not InputKind.USER_INPUT:
                 value = _tensor_of(exported, spec)
-                constants[spec.target], dtypes[spec.target] = _widened(value), value.dtype
+                constants[spec.target], dtypes[spec.target] = widened(value), value.dtype
                 env[node] = graph.create_node("get_attr", spec.target, (), {})
             elif isinstance(spec.arg, TensorArgument):
                 value = node.meta["val"]
@@ -49,15 +46,17 @@ def program_from_export(exported: ExportedProgram) -> Program:
                     Input(node.name, value.dtype, *(hints.sizes(value, which) for which in range(3)))
                 )
                 env[node] = graph.create_node("placeholder", node.name, (), {}, name=node.name)
-                env[node].meta = _meta(node)
+                env[node].meta = provenance(node)
             else:
                 env[node] = getattr(spec.arg, "value", None)
         elif node.op == "get_attr":
             env[node] = _attribute(exported, node, graph, constants, dtypes)
         elif node.op == "call_function":
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-            args, kwargs = _widened_literals(args), _widened_literals(kwargs)
-            env[node] = _call(graph, node, args, kwargs)
+            if holds_branches(node, args):
+                env[node] = copy_control_flow(graph, node, args)
+            else:
+                env[node] = copy_call(graph, node, args, kwargs)
     results = tuple(_results(exported, env))
     graph.create_node("output", "output", (results,), {}, name="output")
     _refuse_broken_values(graph, constants, parameters=set(exported.graph_signature.parameters))
@@ -72,54 +71,6 @@ def _decomposed(exported: ExportedProgram) -> ExportedProgram:
         raise UnsupportedModelError(
             f"torch {torch.__version__} cannot bring the model into its ATen dialect ({error})"
         ) from error
-
-
-def _call(graph: fx.Graph, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> fx.Node:
-    """Copy a call to the new graph; a result that torch's default dtype decides on is cast to float64.
-
-    Such are `ones(2)`, or a quotient of integers: nothing among the arguments would make it float64.
-    """
-    if schema.is_random(node):
-        raise UnsupportedModelError(
-            f"{node.name} ({node.target}) draws random numbers in eval mode, so there is no one function to "
-            "compile; take it out of the model's forward or pass its result as an input"
-        )
-    strided = node.args[0] if node.target is aten.as_strided.default else None
-    if isinstance(strided, fx.Node) and not strided.meta["val"].is_contiguous():
-        raise UnsupportedModelError(
-            f"{node.name} ({node.target}) reads the memory of a tensor that is not contiguous, so its result "
-            "depends on how that tensor was computed; call contiguous() in front of it"
-        )
-    if node.target is aten.rms_norm.default and schema.bind(node)["eps"] is None:
-        args, kwargs = args[:3], {**kwargs, "eps": _smallest_step(node)}
-    made = _takes_default_dtype(node)
-    call = graph.create_node(
-        "call_function", node.target, args, kwargs, name=f"{node.name}_made" if made else node.name
-    )
-    if made:
-        call = graph.create_node(
-            "call_function", aten._to_copy.default, (call,), {"dtype": torch.float64}, name=node.name
-        )
-    call.meta = _meta(node)
-    return call
-
-
-def _smallest_step(node: fx.Node) -> float:
-    """Return the eps that an RMS norm without one takes: that of the dtype it computes in."""
-    dtype = node.meta["val"].dtype
-    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-
-
-def _takes_default_dtype(node: fx.Node) -> bool:
-    values = [operand.meta.get("val") for operand in node.all_input_nodes]
-    literals = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, torch.dtype)]
-    result = node.meta.get("val")
-    return (
-        isinstance(result, Tensor)
-        and result.is_floating_point()
-        and not any(_is_floating(value) for value in values)
-        and not any(value.is_floating_point for value in literals)
-    )
 
 
 def _refuse_broken_values(graph: fx.Graph, constants: dict[str, Tensor], parameters: set[str]) -> None:
@@ -146,28 +97,18 @@ def _read(graph: fx.Graph) -> list[str]:
     )
 
 
-def _is_floating(value: object) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(_is_floating(item) for item in value)
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
 def _attribute(
     exported: ExportedProgram,
     node: fx.Node,
     graph: fx.Graph,
     constants: dict[str, Tensor],
     dtypes: dict[str, torch.dtype],
-) -> fx.Node:
-    value: Any = exported.graph_module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    if not isinstance(value, Tensor):
-        raise UnsupportedModelError(
-            f"the graph holds control flow ({node.name}): branches on data cannot be compiled; "
-            "export the branch that is used"
-        )
-    constants[str(node.target)], dtypes[str(node.target)] = _widened(value), value.dtype
+) -> fx.Node | fx.GraphModule:
+    """Return a constant of the graph, or the graph of a branch."""
+    value = attribute(exported.graph_module, str(node.target))
+    if isinstance(value, fx.GraphModule):
+        return value
+    constants[str(node.target)], dtypes[str(node.target)] = widened(value), value.dtype
     return graph.create_node("get_attr", str(node.target), (), {})
 
 
@@ -196,36 +137,6 @@ def _tensor_of(exported: ExportedProgram, spec: Any) -> Tensor:
         kind = type(value).__name__
         raise UnsupportedModelError(f"constant {spec.target!r} is a {kind}, expected a tensor")
     return value.detach()
-
-
-def _widened(value: Tensor) -> Tensor:
-    """Copy a tensor of the user's, who may go on training it, to float64 on the CPU."""
-    dtype = torch.float64 if value.dtype in FLOATS else value.dtype
-    return value.detach().to("cpu", dtype, copy=True)
-
-
-def _widened_literals(value: Any) -> Any:
-    """Make dtype literals follow the constants to float64, and devices follow them to the CPU."""
-    if isinstance(value, torch.dtype):
-        return torch.float64 if value in FLOATS else value
-    if isinstance(value, torch.device):
-        return torch.device("cpu")
-    if isinstance(value, (list, tuple)):
-        return type(value)(_widened_literals(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _widened_literals(item) for key, item in value.items()}
-    return value
-
-
-def _meta(node: fx.Node) -> dict[str, Any]:
-    meta: dict[str, Any] = {"origin": Origin(node.name)}
-    value = node.meta.get("val")
-    if isinstance(value, Tensor):
-        meta["dtype"] = value.dtype
-    stack = node.meta.get("nn_module_stack")
-    if stack:
-        meta["module"] = list(stack.values())[-1][0]
-    return meta
 
 
 class SizeHints:

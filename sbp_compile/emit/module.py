@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from passes.ir.control import ControlFlow
 from passes.ir.program import Program
 from sbp_compile.capture.call import Call
+from sbp_compile.emit.branches import emit_control_flow
+from sbp_compile.emit.literals import ANCHOR, follow_anchor, has_float_literal
 from sbp_compile.errors import UnsupportedModelError
 
 aten = torch.ops.aten
-ANCHOR = "dtype_anchor"
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
@@ -79,8 +81,8 @@ def emit_graph_module(program: Program, dtype: torch.dtype | None = None) -> fx.
     dtype = emission_dtype(program) if dtype is None else dtype
     names = _attribute_names(program)
     root = {names[name]: _rounded(name, value, dtype) for name, value in program.constants.items()}
-    graph, anchor_is_used = _emission_graph(program, names, dtype)
     module = fx.GraphModule(nn.Module(), fx.Graph())
+    graph, anchor_is_used = _emission_graph(program, names, dtype, module)
     for name, value in root.items():
         if isinstance(value, nn.Parameter):
             module.register_parameter(name, value)
@@ -121,8 +123,10 @@ def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return nn.Parameter(rounded)
 
 
-def _emission_graph(program: Program, names: dict[str, str], dtype: torch.dtype) -> tuple[fx.Graph, bool]:
-    """Return the graph over the attributes `names`, and whether it reads the anchor."""
+def _emission_graph(
+    program: Program, names: dict[str, str], dtype: torch.dtype, module: nn.Module
+) -> tuple[fx.Graph, bool]:
+    """Return the graph over the attributes `names`, and whether it reads the anchor; branches go to `module`."""
     graph = fx.Graph()
     env: dict[fx.Node, Any] = {}
     shared: dict[str, fx.Node] = {}
@@ -132,19 +136,24 @@ def _emission_graph(program: Program, names: dict[str, str], dtype: torch.dtype)
             shared[name] = graph.create_node("get_attr", name, (), {})
         return shared[name]
 
+    def anchor() -> fx.Node:
+        return attribute(ANCHOR)
+
     given = {entry.name: entry.dtype for entry in program.inputs}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             env[node] = graph.create_node("placeholder", node.target, (), {}, name=node.name)
             if given[str(node.target)].is_floating_point and given[str(node.target)] != dtype:
-                args = (env[node], attribute(ANCHOR))
+                args = (env[node], anchor())
                 env[node] = graph.create_node("call_function", aten.type_as.default, args, {})
         elif node.op == "get_attr":
             env[node] = attribute(names[str(node.target)])
         elif node.op == "call_function":
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-            if _has_float_literal((args, kwargs)):
-                env[node] = _follow_anchor(graph, node, args, kwargs, attribute(ANCHOR))
+            if isinstance(node.target, ControlFlow):
+                env[node] = emit_control_flow(node.target, graph, module, args, anchor, node.name)
+            elif has_float_literal((args, kwargs)):
+                env[node] = follow_anchor(graph, node, args, kwargs, anchor())
             else:
                 env[node] = graph.create_node("call_function", node.target, args, kwargs, name=node.name)
     graph.create_node("output", "output", (_emitted_outputs(program, graph, env, dtype),), {}, name="output")
@@ -168,32 +177,3 @@ def _emitted_outputs(
         if isinstance(value, fx.Node) and value.op == "get_attr":
             results[position] = graph.create_node("call_function", aten.clone.default, (value,), {})
     return tuple(results)
-
-
-def _has_float_literal(value: Any) -> bool:
-    if isinstance(value, torch.dtype):
-        return value.is_floating_point
-    if isinstance(value, (list, tuple)):
-        return any(_has_float_literal(item) for item in value)
-    return isinstance(value, dict) and any(_has_float_literal(item) for item in value.values())
-
-
-CREATIONS = {
-    aten.full.default: aten.new_full.default,
-    aten.zeros.default: aten.new_zeros.default,
-    aten.ones.default: aten.new_ones.default,
-}
-
-
-def _follow_anchor(
-    graph: fx.Graph, node: fx.Node, args: Any, kwargs: dict[str, Any], anchor: fx.Node
-) -> fx.Node:
-    """Rewrite a call with a floating-point dtype literal: at run time the anchor gives the dtype."""
-    if node.target in CREATIONS:
-        return graph.create_node("call_function", CREATIONS[node.target], (anchor, *args), {}, name=node.name)
-    if node.target in {aten._to_copy.default, aten.to.dtype}:
-        return graph.create_node("call_function", aten.type_as.default, (args[0], anchor), {}, name=node.name)
-    plain = {key: value for key, value in kwargs.items() if not isinstance(value, torch.dtype)}
-    plain_args = tuple(None if isinstance(value, torch.dtype) else value for value in args)
-    result = graph.create_node("call_function", node.target, plain_args, plain, name=node.name)
-    return graph.create_node("call_function", aten.type_as.default, (result, anchor), {})
