@@ -4,6 +4,7 @@ from passes.absorb_constants import AbsorbConstants
 from passes.align_heads import AlignHeads
 from passes.analyze_channels import AnalyzeChannels
 from passes.canonicalize import Canonicalize
+from passes.choose_widths import ChooseWidths
 from passes.compose_readings import ComposeReadings
 from passes.fold_permutations import FoldPermutations
 from passes.fold_scales import FoldScales
@@ -18,12 +19,14 @@ from passes.rules import Rule, registered_rules, rule
 from passes.separate_axes import SeparateAxes
 from passes.separate_edges import SeparateEdges
 from passes.shrink_channels import ShrinkChannels
+from passes.targets import TARGETS, Target, this_cpu
 
 
-def default_pipeline(cost: CostModel | None = None) -> Pipeline:
+def default_pipeline(cost: CostModel | None = None, target: Target | None = None) -> Pipeline:
     """The passes in the order that the compiler runs them, until nothing changes.
 
-    `cost` decides what is cheaper where there is a choice (default: `CountingModel`).
+    `cost` decides what is cheaper where there is a choice (default: `CountingModel`); `target` knows which widths run
+    fast (default: none, the minimal network).
     """
     cost = cost or CountingModel()
     rounds = Pipeline(
@@ -46,7 +49,7 @@ def default_pipeline(cost: CostModel | None = None) -> Pipeline:
         name="shrink",
         repeat=True,
     )
-    return Pipeline(
+    return ChooseWidths(
         (
             Canonicalize(),  # one dialect for everything after it
             SeparateAxes(),  # channels that are multiplied with a dynamic axis can be numbered only apart from it
@@ -58,14 +61,17 @@ def default_pipeline(cost: CostModel | None = None) -> Pipeline:
             RemoveDead(),
         ),
         name="default",
+        target=target,
     )
 
 
 __all__ = [
+    "TARGETS",
     "AbsorbConstants",
     "AlignHeads",
     "AnalyzeChannels",
     "Canonicalize",
+    "ChooseWidths",
     "ComposeReadings",
     "CostModel",
     "CountingModel",
@@ -87,9 +93,11 @@ __all__ = [
     "SeparateEdges",
     "ShrinkChannels",
     "Step",
+    "Target",
     "TensorInfo",
     "UnsupportedError",
     "default_pipeline",
     "registered_rules",
     "rule",
+    "this_cpu",
 ]

@@ -109,7 +109,7 @@ def _wasted_reads(program: Program, this: Contraction, macs: dict[str, int]) -> 
     stand_ins = read & any_over_others(facts.known_value != 0, this.axis, this.in_channels) & ~needed
     if not this.may_vary():
         stand_ins = torch.zeros_like(stand_ins)
-    needed = needed | stand_ins
+    needed = needed | stand_ins | _pinned(program, this.x, this.axis)
     wasted = int((~needed).sum())
     if wasted == 0:
         return [], 0
@@ -218,7 +218,14 @@ def _adapter(
     needed = needed | (uneven if read is None else uneven & read)
     if stand_ins is not None:
         needed = needed | stand_ins
+    needed = needed | _pinned(program, source, axis)
     return Adapter(edge, needed.nonzero().flatten(), constants)
+
+
+def _pinned(program: Program, node: fx.Node, axis: int) -> Tensor:
+    """The channels that stay for their number."""
+    found = program.pinned_entries(node).get(axis)
+    return torch.zeros(program.infos[node].sizes[axis], dtype=torch.bool) if found is None else found
 
 
 def _demand_of(program: Program, edge: Edge, analysis: Analysis) -> Tensor:

@@ -35,6 +35,8 @@ LAYERS = (
     "passes.shrink_channels",
     "passes.separate_edges",
     "passes.remove_dead",
+    "passes.targets",
+    "passes.choose_widths",
     "passes",
     "sbp_compile.errors",
     "sbp_compile.atomic",

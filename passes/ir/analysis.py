@@ -56,6 +56,7 @@ class Analysis:
 
 
 LARGEST_CONSTANT = 1 << 26
+PINNED = "a width that runs faster"
 
 
 def analyze(program: Program, rule_for: RuleTable) -> Analysis:
@@ -190,6 +191,10 @@ def solve(
             and not is_constant(program, node, facts)
         )
         keep.start(node, demand[node.name] if whole else demand[node.name] & ~known)
+    for node in infos if program.pinned else ():
+        if not keep.is_empty(node) and not is_constant(program, node, facts):
+            for axis, mask in program.pinned_entries(node).items():
+                keep.widen(node, axis, mask, PINNED)
     live = [op for op in ops.values() if not is_constant(program, op.node, facts)]
     for node in (*program.output_node.all_input_nodes, *_placeholders(program)):
         if node in infos:

@@ -103,6 +103,10 @@ class Origin:
     kept: tuple[Tensor | None, ...] = ()
 
 
+Pins = Mapping[str, Mapping[int, Tensor]]
+"""By the original value's name and axis: a mask over its original indices."""
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """A graph, its constants and its interface; see the module's docstring for the invariants."""
@@ -114,6 +118,8 @@ class Program:
     analysis: Analysis | None = field(default=None)
     output_dtypes: tuple[torch.dtype | None, ...] = ()
     """What the original gives for each flat output: its dtype, None for what is no tensor; empty if not known."""
+    pinned: Pins = field(default_factory=dict)
+    """Entries that stay although nothing needs them; follows the original values through all passes."""
 
     def replace(self, **changes: Any) -> Program:
         """A Program with some fields changed; the analysis is dropped unless it is given."""
@@ -140,6 +146,19 @@ class Program:
 
     def calls(self) -> Iterator[fx.Node]:
         return (node for node in self.graph.nodes if node.op == "call_function")
+
+    def pinned_entries(self, node: fx.Node) -> dict[int, Tensor]:
+        """Masks of the entries of a value that are pinned, by static axis: bool, (size,)."""
+        origin: Origin | None = node.meta.get("origin")
+        if origin is None or origin.name not in self.pinned or node not in self.infos:
+            return {}
+        info, found = self.infos[node], {}
+        for axis, mask in self.pinned[origin.name].items():
+            kept = origin.kept[axis] if origin.kept else None
+            mask = mask if kept is None else mask[kept]
+            if info.is_static(axis) and info.sizes[axis] == len(mask):
+                found[axis] = mask
+        return found
 
     def constant(self, node: object) -> Tensor | None:
         """The tensor behind a `get_attr` node; None for anything else."""

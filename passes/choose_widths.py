@@ -1,0 +1,223 @@
+"""choose_widths: more channels than the minimal network has, where the target runs that faster.
+
+Keeping more is always exact, so widths are a choice after the fact:
+
+1. run the passes: the minimal network;
+2. for each coupling of it, choose the width that makes the layers at it fastest by the target's table, one after the
+   other until nothing changes;
+3. pin as many of the removed channels and run the passes again. A constant channel keeps its constant, a dead one its
+   weights; the facts stay what they are, and nothing reads more than it did;
+4. take the result if the target's estimate of the whole network fell; else the minimal network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx
+
+from passes.ir.analysis import analyze
+from passes.ir.pipeline import Callback, Pipeline, Result, Step
+from passes.ir.program import Origin, Pins, Program, TensorInfo
+from passes.ir.ties import ties
+from passes.rules import rule_for
+from passes.rules.contraction import ContractionRule
+from passes.rules.joining import joined_axis
+from passes.rules.layer import Contraction, describe
+from passes.targets import Layer, Target
+
+aten = torch.ops.aten
+
+Coupling = tuple[str, int]
+Ends = tuple[Layer, Coupling, Coupling]
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class ChooseWidths(Pipeline):
+    """A pipeline that runs its passes once for the minimal network, and once more for each choice of widths.
+
+    Callbacks see the passes of the run that was taken.
+    """
+
+    target: Target | None = None
+    watchers: tuple[Callback, ...] = field(default=(), compare=False)
+
+    def with_callback(self, callback: Callback) -> Pipeline:
+        return replace(self, watchers=(*self.watchers, callback))
+
+    def __call__(self, program: Program) -> Result:
+        result, steps = self._minimal(program)
+        if self.target is not None:
+            result, steps = self._widened(program, result, steps, self.target)
+        for step in steps:
+            for watcher in self.watchers:
+                watcher(step)
+        return result
+
+    def _minimal(self, program: Program) -> tuple[Result, list[Step]]:
+        steps: list[Step] = []
+        inner = Pipeline(self.passes, self.name, self.repeat, self.limit).with_callback(steps.append)
+        return inner(program), steps
+
+    def _widened(
+        self, program: Program, best: Result, steps: list[Step], target: Target
+    ) -> tuple[Result, list[Step]]:
+        """The fastest by the target's estimate of the minimal network and those that follow from it."""
+        pins: Pins = program.pinned
+        for _ in range(ROUNDS):
+            wanted = widths_of(best.program, program, target).pins()
+            if not wanted:
+                break
+            pins = _joined(pins, wanted)
+            wider, taken = self._minimal(program.replace(pinned=pins))
+            if seconds(wider.program, target) >= seconds(best.program, target):
+                break
+            best, steps = wider, taken
+        return best, steps
+
+
+def seconds(program: Program, target: Target) -> float:
+    """The target's estimate for all layers with constant weights, for one example."""
+    return sum(
+        target.seconds(Layer.of(this), this.in_channels, this.out_channels) for this in layers(program)
+    )
+
+
+def layers(program: Program) -> Iterator[Contraction]:
+    """The convolutions and linear layers with constant weights."""
+    for node in program.calls():
+        op = program.op(node)
+        if op.info is not None and isinstance(rule_for(op), ContractionRule):
+            yield describe(op)
+
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """An original value's name, an axis of it, and the indices there that the minimal network is without."""
+
+    name: str
+    axis: int
+    removed: Tensor
+
+
+@dataclass
+class Widths:
+    """The widths of a minimal network's couplings, and where they could grow.
+
+    `layers`: each layer with the couplings of its input and output channels; `before`, `now`: channels of each
+    coupling; `room`: where a coupling can grow; `concatenations`: the couplings that make up another one.
+    """
+
+    target: Target
+    layers: list[Ends]
+    before: dict[Coupling, int]
+    room: dict[Coupling, Room]
+    concatenations: dict[Coupling, tuple[Coupling, ...]]
+
+    def __post_init__(self) -> None:
+        """Coordinate descent: each coupling in turn gets its best width, until none changes."""
+        self.now = dict(self.before)
+        touching = {coupling: self._touched(coupling) for coupling in self.room}
+        changed = True
+        while changed:
+            changed = False
+            for coupling in self.room:
+                best = min(
+                    self._candidates(coupling),
+                    key=lambda width: self._cost(touching[coupling], coupling, width),
+                )
+                changed |= best != self.now[coupling]
+                self.now[coupling] = best
+
+    def _candidates(self, coupling: Coupling) -> list[int]:
+        """The width it has first, so that it stays where nothing is gained."""
+        least = self.before[coupling]
+        most = least + int(self.room[coupling].removed.sum())
+        others = (least, *self.target.widths(least))
+        now = self.now[coupling]
+        return [now, *(width for width in others if width <= most and width != now)]
+
+    def _touched(self, coupling: Coupling) -> list[Ends]:
+        wholes = {whole for whole, parts in self.concatenations.items() if coupling in parts} | {coupling}
+        return [entry for entry in self.layers if wholes & {entry[1], entry[2]}]
+
+    def _cost(self, touched: list[Ends], coupling: Coupling, width: int) -> float:
+        held = self.now[coupling]
+        self.now[coupling] = width
+        total = sum(self.target.seconds(layer, self.width(x), self.width(y)) for layer, x, y in touched)
+        self.now[coupling] = held
+        return total
+
+    def width(self, coupling: Coupling) -> int:
+        parts = self.concatenations.get(coupling, ())
+        return self.now[coupling] + sum(self.now[part] - self.before[part] for part in parts)
+
+    def pins(self) -> Pins:
+        """What to pin so that each coupling gets its width: the first of the removed channels."""
+        found: dict[str, dict[int, Tensor]] = {}
+        for coupling, room in self.room.items():
+            more = self.now[coupling] - self.before[coupling]
+            if more:
+                first = room.removed & (room.removed.cumsum(0) <= more)
+                found.setdefault(room.name, {})[room.axis] = first
+        return found
+
+
+def widths_of(minimal: Program, original: Program, target: Target) -> Widths:
+    """The best widths for a minimal network that passes made of `original`."""
+    if minimal.analysis is None:
+        minimal = minimal.replace(analysis=analyze(minimal, rule_for))
+    tied = ties(minimal, rule_for)
+    before: dict[Coupling, int] = {}
+
+    def coupling(node: fx.Node, axis: int) -> Coupling:
+        found = tied.coupling((node, axis))
+        before[found] = minimal.infos[node].sizes[axis]
+        return found
+
+    for this in layers(minimal):
+        if Layer.of(this).is_depthwise:
+            tied.tie((this.x, this.axis), (this.op.node, this.axis))
+    ends = [
+        (Layer.of(this), coupling(this.x, this.axis), coupling(this.op.node, this.axis))
+        for this in layers(minimal)
+    ]
+    room: dict[Coupling, Room] = {}
+    concatenations: dict[Coupling, tuple[Coupling, ...]] = {}
+    sizes = {node.name: info for node, info in original.infos.items()}
+    for node in minimal.calls():
+        info = minimal.infos.get(node)
+        for axis in () if info is None else info.static_axes:
+            if tied.coupling((node, axis)) in before:
+                _note_room(room, tied.coupling((node, axis)), node, axis, sizes)
+        if node.target is aten.cat.default and info is not None:
+            axis = joined_axis(minimal.op(node))
+            parts = tuple(coupling(operand, axis) for operand in minimal.op(node).operands)
+            concatenations[coupling(node, axis)] = parts
+    return Widths(target, ends, before, room, concatenations)
+
+
+def _note_room(
+    room: dict[Coupling, Room], coupling: Coupling, node: fx.Node, axis: int, sizes: Mapping[str, TensorInfo]
+) -> None:
+    """Remember the last value of a coupling that had more channels originally."""
+    origin: Origin | None = node.meta.get("origin")
+    kept = origin.kept[axis] if origin is not None and origin.kept else None
+    if origin is None or kept is None or origin.name not in sizes:
+        return
+    info = sizes[origin.name]
+    if axis < info.rank and info.is_static(axis) and len(kept) < info.sizes[axis]:
+        removed = torch.ones(info.sizes[axis], dtype=torch.bool).index_fill(0, kept, False)
+        room[coupling] = Room(origin.name, axis, removed)
+
+
+def _joined(first: Pins, second: Pins) -> Pins:
+    joined = {name: dict(axes) for name, axes in first.items()}
+    for name, axes in second.items():
+        for axis, mask in axes.items():
+            held = joined.setdefault(name, {}).get(axis)
+            joined[name][axis] = mask if held is None else held | mask
+    return joined

@@ -1,0 +1,145 @@
+"""What a machine runs fast: the time of one layer by its widths, as data for each target.
+
+onnxruntime has two ways to run a convolution of images on a processor. The blocked one computes whole blocks of
+`block` input and output channels, and takes a layer whose input channels are fewer than a block or a multiple of
+`alignment` (a depthwise one: a multiple of `alignment`). The other one lays every window out as a column first and
+multiplies exactly as many channels as there are. So a channel more can make a layer twice as fast. The times are
+measured: docs/results/widths.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+
+from passes.rules.layer import Contraction
+
+PICOSECOND = 1e-12
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer but for its widths; `positions`: at which the kernel is applied, for one example."""
+
+    spatial_rank: int
+    taps: int
+    positions: int
+    groups: int = 1
+    is_depthwise: bool = False
+    is_transposed: bool = False
+
+    @classmethod
+    def of(cls, this: Contraction) -> Layer:
+        depthwise = this.groups > 1 and this.in_per_group == 1 and this.out_channels == this.groups
+        return cls(
+            this.spatial_rank,
+            prod(this.weight.shape[2:]),
+            this.positions * prod(this.op.out.sizes[axis] for axis in this.leading[1:]),
+            this.groups,
+            depthwise,
+            this.is_transposed,
+        )
+
+    def macs(self, inputs: int, outputs: int) -> int:
+        """Multiply-adds of one example."""
+        return inputs * outputs // self.groups * self.taps * self.positions
+
+
+class Target(Protocol):
+    """Knows what a machine runs fast."""
+
+    @property
+    def name(self) -> str: ...
+
+    def seconds(self, layer: Layer, inputs: int, outputs: int) -> float:
+        """About how long a layer of that many input and output channels takes for one example."""
+
+    def widths(self, channels: int) -> tuple[int, ...]:
+        """The next widths above `channels` that may be faster."""
+
+
+@dataclass(frozen=True)
+class BlockedConvolutions:
+    """A processor with blocked convolutions; times in picoseconds.
+
+    `per_mac`: of a multiply-add; `per_column_entry`, `per_layout`: of an entry of the columns, and of laying them out
+    at all, for kernels of more than one tap; `per_point`: of an entry where there is nothing to lay out;
+    `per_depthwise`, `per_unblocked_depthwise`, `per_unblocked_channel`: of depthwise layers.
+    """
+
+    name: str
+    block: int
+    alignment: int = 4
+    per_mac: float = 20.0
+    per_column_entry: float = 260.0
+    per_layout: float = 11e6
+    per_point: float = 400.0
+    per_depthwise: float = 55.0
+    per_unblocked_depthwise: float = 200.0
+    per_unblocked_channel: float = 260e3
+
+    def seconds(self, layer: Layer, inputs: int, outputs: int) -> float:
+        return self._picoseconds(layer, inputs, outputs) * PICOSECOND
+
+    def _picoseconds(self, layer: Layer, inputs: int, outputs: int) -> float:
+        if layer.spatial_rank != 2 or layer.is_transposed or (layer.groups > 1 and not layer.is_depthwise):
+            return self.per_mac * layer.macs(inputs, outputs)
+        aligned = inputs % self.alignment == 0
+        work = layer.taps * layer.positions
+        if layer.is_depthwise:
+            if aligned:
+                return self.per_depthwise * self._blocks(inputs) * work
+            return inputs * (self.per_unblocked_channel + self.per_unblocked_depthwise * work)
+        if inputs < self.block or aligned:
+            read = inputs if inputs < self.block else self._blocks(inputs)
+            return self.per_mac * read * self._blocks(outputs) * work
+        return self.per_mac * inputs * outputs * work + self._layout(layer, inputs * work)
+
+    def _layout(self, layer: Layer, entries: int) -> float:
+        if layer.taps == 1:
+            return self.per_point * entries
+        return self.per_layout + self.per_column_entry * entries
+
+    def _blocks(self, channels: int) -> int:
+        return -(-channels // self.block) * self.block
+
+    def widths(self, channels: int) -> tuple[int, ...]:
+        steps = (self.alignment, self.block)
+        return tuple(sorted({-(-channels // step) * step for step in steps} - {channels}))
+
+
+@dataclass(frozen=True)
+class Multiples:
+    """A machine that computes whole multiples of `multiple` channels in every layer (tensor cores)."""
+
+    name: str
+    multiple: int
+
+    def seconds(self, layer: Layer, inputs: int, outputs: int) -> float:
+        padded = [-(-channels // self.multiple) * self.multiple for channels in (inputs, outputs)]
+        aligned = (inputs % self.multiple == 0) and (outputs % self.multiple == 0)
+        return layer.macs(*padded) * (1.0 if aligned else 1.5) * PICOSECOND
+
+    def widths(self, channels: int) -> tuple[int, ...]:
+        return tuple({-(-channels // self.multiple) * self.multiple} - {channels})
+
+
+AVX512 = BlockedConvolutions("cpu-avx512", block=16)
+AVX2 = BlockedConvolutions("cpu-avx2", block=8)
+TARGETS: dict[str, Target | None] = {
+    "none": None,
+    "cpu-avx512": AVX512,
+    "cpu-avx2": AVX2,
+    "cpu-neon": None,  # onnxruntime is built without its blocked convolutions for this processor unless asked
+    "cuda": None,  # nothing is known before it is measured
+    "cuda-tf32": Multiples("cuda-tf32", 4),
+    "cuda-fp16": Multiples("cuda-fp16", 8),
+}
+
+
+def this_cpu() -> Target | None:
+    """The target that describes the processor at hand; None where none does."""
+    return {"AVX512": AVX512, "AVX2": AVX2}.get(torch.backends.cpu.get_cpu_capability())
