@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from passes.ir.analysis import analyze
 from passes.ir.pipeline import Callback, Pipeline, Result, Step
-from passes.ir.program import Origin, Pins, Program, TensorInfo
+from passes.ir.program import Origin, Pins, Program
 from passes.ir.ties import ties
 from passes.rules import rule_for
 from passes.rules.contraction import ContractionRule
@@ -96,7 +96,7 @@ def layers(program: Program) -> Iterator[Contraction]:
 
 @dataclass(frozen=True, eq=False)
 class Room:
-    """An original value's name, an axis of it, and the indices there that the minimal network is without."""
+    """An original value's name, an axis of it, and the original indices there that the minimal network is without."""
 
     name: str
     axis: int
@@ -135,7 +135,7 @@ class Widths:
     def _candidates(self, coupling: Coupling) -> list[int]:
         """The width it has first, so that it stays where nothing is gained."""
         least = self.before[coupling]
-        most = least + int(self.room[coupling].removed.sum())
+        most = least + len(self.room[coupling].removed)
         others = (least, *self.target.widths(least))
         now = self.now[coupling]
         return [now, *(width for width in others if width <= most and width != now)]
@@ -161,8 +161,7 @@ class Widths:
         for coupling, room in self.room.items():
             more = self.now[coupling] - self.before[coupling]
             if more:
-                first = room.removed & (room.removed.cumsum(0) <= more)
-                found.setdefault(room.name, {})[room.axis] = first
+                found.setdefault(room.name, {})[room.axis] = room.removed[:more]
         return found
 
 
@@ -187,12 +186,14 @@ def widths_of(minimal: Program, original: Program, target: Target) -> Widths:
     ]
     room: dict[Coupling, Room] = {}
     concatenations: dict[Coupling, tuple[Coupling, ...]] = {}
-    sizes = {node.name: info for node, info in original.infos.items()}
+    originals = {node.meta["origin"].name: node for node in original.infos if "origin" in node.meta}
     for node in minimal.calls():
         info = minimal.infos.get(node)
         for axis in () if info is None else info.static_axes:
             if tied.coupling((node, axis)) in before:
-                _note_room(room, tied.coupling((node, axis)), node, axis, sizes)
+                found = _room(minimal, node, axis, original, originals)
+                if found is not None:
+                    room[tied.coupling((node, axis))] = found
         if node.target is aten.cat.default and info is not None:
             axis = joined_axis(minimal.op(node))
             parts = tuple(coupling(operand, axis) for operand in minimal.op(node).operands)
@@ -200,24 +201,26 @@ def widths_of(minimal: Program, original: Program, target: Target) -> Widths:
     return Widths(target, ends, before, room, concatenations)
 
 
-def _note_room(
-    room: dict[Coupling, Room], coupling: Coupling, node: fx.Node, axis: int, sizes: Mapping[str, TensorInfo]
-) -> None:
-    """Remember the last value of a coupling that had more channels originally."""
+def _room(
+    minimal: Program, node: fx.Node, axis: int, original: Program, originals: Mapping[str, fx.Node]
+) -> Room | None:
+    """The channels that a value had originally and is without; None where there are none."""
     origin: Origin | None = node.meta.get("origin")
-    kept = origin.kept[axis] if origin is not None and origin.kept else None
-    if origin is None or kept is None or origin.name not in sizes:
-        return
-    info = sizes[origin.name]
-    if axis < info.rank and info.is_static(axis) and len(kept) < info.sizes[axis]:
-        removed = torch.ones(info.sizes[axis], dtype=torch.bool).index_fill(0, kept, False)
-        room[coupling] = Room(origin.name, axis, removed)
+    before = None if origin is None else originals.get(origin.name)
+    if origin is None or before is None:
+        return None
+    info = original.infos[before]
+    if axis >= info.rank or not info.is_static(axis):
+        return None
+    had = before.meta["origin"].indices(axis, info)
+    removed = had[~torch.isin(had, origin.indices(axis, minimal.infos[node]))]
+    return Room(origin.name, axis, removed) if len(removed) else None
 
 
 def _joined(first: Pins, second: Pins) -> Pins:
     joined = {name: dict(axes) for name, axes in first.items()}
     for name, axes in second.items():
-        for axis, mask in axes.items():
+        for axis, index in axes.items():
             held = joined.setdefault(name, {}).get(axis)
-            joined[name][axis] = mask if held is None else held | mask
+            joined[name][axis] = index if held is None else torch.cat([held, index])
     return joined

@@ -67,6 +67,7 @@ class BlockedConvolutions:
 
     `per_mac`: of a multiply-add; `per_column_entry`, `per_layout`: of an entry of the columns, and of laying them out
     at all, for kernels of more than one tap; `per_point`: of an entry where there is nothing to lay out;
+    `per_unpacked`: of an entry of less than a block, which is read as it lies and packed differently before;
     `per_depthwise`, `per_unblocked_depthwise`, `per_unblocked_channel`: of depthwise layers.
     """
 
@@ -77,6 +78,7 @@ class BlockedConvolutions:
     per_column_entry: float = 260.0
     per_layout: float = 11e6
     per_point: float = 400.0
+    per_unpacked: float = 750.0
     per_depthwise: float = 55.0
     per_unblocked_depthwise: float = 200.0
     per_unblocked_channel: float = 260e3
@@ -94,8 +96,10 @@ class BlockedConvolutions:
                 return self.per_depthwise * self._blocks(inputs) * work
             return inputs * (self.per_unblocked_channel + self.per_unblocked_depthwise * work)
         if inputs < self.block or aligned:
-            read = inputs if inputs < self.block else self._blocks(inputs)
-            return self.per_mac * read * self._blocks(outputs) * work
+            if inputs >= self.block:
+                return self.per_mac * self._blocks(inputs) * self._blocks(outputs) * work
+            unpacked = self.per_unpacked * self.block * layer.positions
+            return self.per_mac * inputs * self._blocks(outputs) * work + unpacked
         return self.per_mac * inputs * outputs * work + self._layout(layer, inputs * work)
 
     def _layout(self, layer: Layer, entries: int) -> float:

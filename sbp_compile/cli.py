@@ -51,6 +51,10 @@ exit codes:
   130  interrupted"""
 
 
+# Written out, since the passes take a second to import; a test compares.
+TARGET_NAMES = ("cpu", "cpu-avx512", "cpu-avx2", "cpu-neon", "cuda", "cuda-tf32", "cuda-fp16", "none")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; --help lists the options")
@@ -72,6 +76,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--fewest-macs",
         action="store_true",
         help="gather channels wherever that saves a multiply-add (default: where it saves time)",
+    )
+    parser.add_argument(
+        "--target",
+        choices=TARGET_NAMES,
+        default="cpu",
+        metavar="T",
+        help=f"whose fast widths to choose: {', '.join(TARGET_NAMES)} (cpu: this one; none: the fewest channels)",
     )
     proof = parser.add_argument_group("proof")
     proof.add_argument(
@@ -168,11 +179,14 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _compile(options: argparse.Namespace, console: Console) -> Compiled:
-    from passes import FewestMacs, default_pipeline
+    from passes import TARGETS, FewestMacs, default_pipeline, this_cpu
     from sbp_compile.capture.model_file import load_model
     from sbp_compile.compiler import compile_file
 
-    pipeline = default_pipeline(FewestMacs()) if options.fewest_macs else None
+    pipeline = None
+    if options.fewest_macs or options.target != "cpu":
+        target = this_cpu() if options.target == "cpu" else TARGETS[options.target]
+        pipeline = default_pipeline(FewestMacs() if options.fewest_macs else None, target)
     with console.status("reading the model") as status:
         model = load_model(options.model)
         status.update("compiling")

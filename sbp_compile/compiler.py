@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from passes import Note, PassError, Pipeline, Program, Step, default_pipeline
+from passes import Note, PassError, Pipeline, Program, Step, default_pipeline, this_cpu
 from sbp_compile.atomic import atomic_folder
 from sbp_compile.baseline import plain_architecture
 from sbp_compile.capture.call import Call, captured_call
@@ -138,7 +138,8 @@ def compile(  # noqa: A001  # the public name; torch.compile and re.compile have
     `example_inputs`: a tensor or the tuple of positional arguments, in the dtype of use; `kwargs`: keyword
     arguments. `dynamic_batch`, `dynamic_shapes`: see `sbp_compile.capture.export_module`. `verify`: compare
     with the original now and at each save. `inputs`: further inputs to verify on (one tuple of tensors each,
-    in the order of the network's inputs). `pipeline`: the passes, `passes.default_pipeline()` if not given.
+    in the order of the network's inputs). `pipeline`: the passes, those for this processor if not given
+    (`passes.default_pipeline(target=passes.this_cpu())`).
 
     The module is left as it was, and shares no memory with the result. Raises `UsageError`, `InputError`,
     `UnsupportedModelError` or `VerificationError`.
@@ -203,7 +204,7 @@ def compile_exported(
         feeds.append(load_inputs(input_file, original))
     steps: list[Step] = []
     with _timed(times, "passes"):
-        small, notes = _run_passes(pipeline or default_pipeline(), original, steps)
+        small, notes = _run_passes(pipeline or default_pipeline(target=this_cpu()), original, steps)
     dense = plain_architecture(original)
     references: tuple[Reference, ...] = ()
     proof = None

@@ -318,7 +318,7 @@ def test_a_network_that_changes_its_state_is_refused(
     assert "the model changes its state while it runs (buffer_mutation 'calls')" in line
 
 
-def broken_pipeline() -> Pipeline:
+def broken_pipeline(target: object) -> Pipeline:
     class Break:
         name = "break"
 

@@ -102,9 +102,14 @@ class Origin:
     name: str
     kept: tuple[Tensor | None, ...] = ()
 
+    def indices(self, axis: int, info: TensorInfo) -> Tensor:
+        """The original indices along a static axis of the node, which has these sizes."""
+        kept = self.kept[axis] if self.kept else None
+        return torch.arange(info.sizes[axis]) if kept is None else kept
+
 
 Pins = Mapping[str, Mapping[int, Tensor]]
-"""By the original value's name and axis: a mask over its original indices."""
+"""By the original value's name and axis: original indices, int64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,11 +158,9 @@ class Program:
         if origin is None or origin.name not in self.pinned or node not in self.infos:
             return {}
         info, found = self.infos[node], {}
-        for axis, mask in self.pinned[origin.name].items():
-            kept = origin.kept[axis] if origin.kept else None
-            mask = mask if kept is None else mask[kept]
-            if info.is_static(axis) and info.sizes[axis] == len(mask):
-                found[axis] = mask
+        for axis, index in self.pinned[origin.name].items():
+            if axis < info.rank and info.is_static(axis):
+                found[axis] = torch.isin(origin.indices(axis, info), index)
         return found
 
     def constant(self, node: object) -> Tensor | None:

@@ -1,0 +1,169 @@
+"""Widths that a target runs faster: exact, no wider than asked for, and never by accident slower."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from passes import TARGETS, default_pipeline
+from passes.choose_widths import layers, seconds
+from passes.targets import AVX512, Layer
+from tests.passes.support import assert_same, capture
+
+
+class Mask(nn.Module):
+    """Keeps the first of the channels; the others are 0, or what the bias behind makes of them."""
+
+    def __init__(self, channels: int, kept: int, shift: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("scale", (torch.randperm(channels) < kept).double().view(1, -1, 1, 1))
+        self.register_buffer("shift", torch.full((1, channels, 1, 1), shift).double())
+
+    def forward(self, x):
+        return x * self.scale + self.shift
+
+
+def chain(widths, kept, kernel=3, shift=0.25):
+    torch.manual_seed(0)
+    parts, inputs = [], 3
+    for width, number in zip(widths, kept, strict=True):
+        parts += [
+            nn.Conv2d(inputs, width, kernel, padding=kernel // 2),
+            Mask(width, number, shift),
+            nn.ReLU(),
+        ]
+        inputs = width
+    return nn.Sequential(*parts, nn.Conv2d(inputs, 5, 1)).double()
+
+
+def compiled(network, *inputs, target=AVX512):
+    """The captured Program, and what the default pipeline makes of it for a target."""
+    program = capture(network, *inputs)
+    return program, default_pipeline(target=target)(program).program
+
+
+def widths(program):
+    return [(this.in_channels, this.out_channels) for this in layers(program)]
+
+
+def images(size=14):
+    return torch.randn(2, 3, size, size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.25])
+def test_a_width_that_leaves_the_blocked_kernels_grows_to_the_next_that_does_not(shift):
+    program, small = compiled(chain((64, 64), (31, 45), shift=shift), images())
+    assert widths(small) == [(3, 32), (32, 48), (48, 5)]
+    assert_same(program, small)
+
+
+def test_without_a_target_there_are_only_the_channels_that_are_needed():
+    _, small = compiled(chain((64, 64), (31, 45)), images(), target=None)
+    assert widths(small) == [(3, 31), (31, 45), (45, 5)]
+
+
+def test_a_width_stays_where_whole_blocks_would_be_more_work():
+    _, small = compiled(chain((64, 64), (17, 17), kernel=1, shift=0.0), images(56))
+    assert widths(small) == [(3, 17), (17, 17), (17, 5)]
+
+
+def test_depthwise_layers_get_a_multiple_of_the_alignment():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 32, 1),
+        Mask(32, 13, 0.5),
+        nn.Conv2d(32, 32, 3, padding=1, groups=32),
+        nn.ReLU6(),
+        nn.Conv2d(32, 7, 1),
+    ).double()
+    program, small = compiled(network, images())
+    assert widths(small) == [(3, 16), (16, 16), (16, 7)]
+    assert_same(program, small)
+
+
+def test_a_width_does_not_grow_beyond_what_the_network_had():
+    program, small = compiled(chain((38, 50), (37, 47)), images())
+    assert widths(small) == [(3, 37), (37, 48), (48, 5)]
+    assert_same(program, small)
+
+
+def test_unread_channels_fill_a_width_with_their_own_weights():
+    network = chain((64,), (64,), shift=0.0)
+    with torch.no_grad():
+        network[-1].weight[:, torch.randperm(64)[:19]] = 0.0
+    network.append(nn.Conv2d(5, 5, 1).double())
+    program, small = compiled(network, images(4))
+    assert widths(small)[0][1] in (45, 48)
+    assert_same(program, small)
+
+
+class Joined(nn.Module):
+    """A stream with two branches, added and concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.left, self.right = (
+            nn.Conv2d(3, 96, 3),
+            nn.Conv2d(96, 96, 3, padding=1),
+            nn.Conv2d(96, 96, 1),
+        )
+        self.masks = nn.ModuleList([Mask(96, 35, 0.1), Mask(96, 35, 0.2), Mask(96, 21, 0.3)])
+        self.last = nn.Conv2d(192, 4, 3, padding=1)
+
+    def forward(self, x):
+        x = self.masks[0](self.stem(x)).relu()
+        y = x + self.masks[1](self.left(x))
+        return self.last(torch.cat([y.relu(), self.masks[2](self.right(x))], 1))
+
+
+def test_sums_and_concatenations_grow_together_with_what_they_join():
+    program, small = compiled(Joined().double(), images())
+    _, minimal = compiled(Joined().double(), images(), target=None)
+    assert seconds(small, AVX512) < seconds(minimal, AVX512)
+    stem, _, right, last = widths(small)
+    assert stem[1] % 4 == right[1] % 4 == last[0] % 4 == 0
+    assert last[0] == stem[1] + right[1]
+    assert_same(program, small)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    kept=st.lists(st.integers(1, 40), min_size=2, max_size=4),
+    kernel=st.sampled_from([1, 3]),
+    size=st.sampled_from([4, 9, 32]),
+    shift=st.sampled_from([0.0, 0.5]),
+    target=st.sampled_from([name for name, target in TARGETS.items() if target]),
+)
+def test_any_widths_are_exact_and_estimated_no_slower(kept, kernel, size, shift, target):
+    network = chain((40,) * len(kept), kept, kernel, shift)
+    program, small = compiled(network, images(size), target=TARGETS[target])
+    _, minimal = compiled(network, images(size), target=None)
+    assert seconds(small, TARGETS[target]) <= seconds(minimal, TARGETS[target])
+    assert_same(program, small)
+
+
+def test_widening_again_changes_nothing():
+    _, small = compiled(chain((64, 64), (31, 45)), images())
+    again = default_pipeline(target=AVX512)(small.replace(pinned={})).program
+    assert widths(again) == widths(small)
+
+
+def test_callbacks_see_one_run_of_the_passes():
+    seen = []
+    program = capture(chain((64,), (31,)), images())
+    result = default_pipeline(target=AVX512).with_callback(seen.append)(program)
+    assert seen[0].before.graph is program.graph
+    assert seen[-1].after is result.program
+    assert sum(step.name == "remove_dead" for step in seen) == 1
+
+
+def test_the_table_says_what_was_measured():
+    layer = Layer(spatial_rank=2, taps=9, positions=28 * 28)
+    assert AVX512.seconds(layer, 32, 32) < AVX512.seconds(layer, 30, 30)
+    assert AVX512.seconds(layer, 33, 33) < AVX512.seconds(layer, 36, 36)
+    assert AVX512.seconds(layer, 48, 48) < AVX512.seconds(layer, 45, 45)
+    assert AVX512.seconds(layer, 20, 20) == AVX512.seconds(layer, 32, 32)
+    point = Layer(spatial_rank=2, taps=1, positions=28 * 28)
+    assert AVX512.seconds(point, 16, 16) < AVX512.seconds(point, 12, 12)
