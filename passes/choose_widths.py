@@ -12,7 +12,7 @@ Keeping more is always exact, so widths are a choice after the fact:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,16 +22,13 @@ from passes.ir.analysis import analyze
 from passes.ir.pipeline import Callback, Pipeline, Result, Step
 from passes.ir.program import Origin, Pins, Program
 from passes.ir.ties import ties
+from passes.network import Coupling, Network, Touched, layers, network_of, seconds
 from passes.rules import rule_for
-from passes.rules.contraction import ContractionRule
 from passes.rules.joining import joined_axis
-from passes.rules.layer import Contraction, describe
 from passes.targets import Layer, Target
 
 aten = torch.ops.aten
 
-Coupling = tuple[str, int]
-Ends = tuple[Layer, Coupling, Coupling]
 ROUNDS = 3
 
 
@@ -79,21 +76,6 @@ class ChooseWidths(Pipeline):
         return best, steps
 
 
-def seconds(program: Program, target: Target) -> float:
-    """The target's estimate for all layers with constant weights, for one example."""
-    return sum(
-        target.seconds(Layer.of(this), this.in_channels, this.out_channels) for this in layers(program)
-    )
-
-
-def layers(program: Program) -> Iterator[Contraction]:
-    """The convolutions and linear layers with constant weights."""
-    for node in program.calls():
-        op = program.op(node)
-        if op.info is not None and isinstance(rule_for(op), ContractionRule):
-            yield describe(op)
-
-
 @dataclass(frozen=True, eq=False)
 class Room:
     """An original value's name, an axis of it, and the original indices there that the minimal network is without."""
@@ -107,12 +89,12 @@ class Room:
 class Widths:
     """The widths of a minimal network's couplings, and where they could grow.
 
-    `layers`: each layer with the couplings of its input and output channels; `before`, `now`: channels of each
-    coupling; `room`: where a coupling can grow; `concatenations`: the couplings that make up another one.
+    `before`, `now`: channels of each coupling; `room`: where a coupling can grow; `concatenations`: the couplings that
+    make up another one.
     """
 
     target: Target
-    layers: list[Ends]
+    network: Network
     before: dict[Coupling, int]
     room: dict[Coupling, Room]
     concatenations: dict[Coupling, tuple[Coupling, ...]]
@@ -120,14 +102,18 @@ class Widths:
     def __post_init__(self) -> None:
         """Coordinate descent: each coupling in turn gets its best width, until none changes."""
         self.now = dict(self.before)
-        touching = {coupling: self._touched(coupling) for coupling in self.room}
+        wholes: dict[Coupling, list[Coupling]] = {coupling: [coupling] for coupling in self.room}
+        for whole, parts in self.concatenations.items():
+            for part in parts:
+                wholes.setdefault(part, [part]).append(whole)
+        touched = {coupling: self.network.touched(wholes[coupling]) for coupling in self.room}
         changed = True
         while changed:
             changed = False
             for coupling in self.room:
                 best = min(
                     self._candidates(coupling),
-                    key=lambda width: self._cost(touching[coupling], coupling, width),
+                    key=lambda width: self._cost(touched[coupling], coupling, width),
                 )
                 changed |= best != self.now[coupling]
                 self.now[coupling] = best
@@ -140,18 +126,15 @@ class Widths:
         now = self.now[coupling]
         return [now, *(width for width in others if width <= most and width != now)]
 
-    def _touched(self, coupling: Coupling) -> list[Ends]:
-        wholes = {whole for whole, parts in self.concatenations.items() if coupling in parts} | {coupling}
-        return [entry for entry in self.layers if wholes & {entry[1], entry[2]}]
-
-    def _cost(self, touched: list[Ends], coupling: Coupling, width: int) -> float:
+    def _cost(self, touched: Touched, coupling: Coupling, width: int) -> float:
         held = self.now[coupling]
         self.now[coupling] = width
-        total = sum(self.target.seconds(layer, self.width(x), self.width(y)) for layer, x, y in touched)
+        total = self.network.seconds(self.target, self.width, touched)
         self.now[coupling] = held
         return total
 
     def width(self, coupling: Coupling) -> int:
+        """The channels that a coupling now has."""
         parts = self.concatenations.get(coupling, ())
         return self.now[coupling] + sum(self.now[part] - self.before[part] for part in parts)
 
@@ -180,10 +163,7 @@ def widths_of(minimal: Program, original: Program, target: Target) -> Widths:
     for this in layers(minimal):
         if Layer.of(this).is_depthwise:
             tied.tie((this.x, this.axis), (this.op.node, this.axis))
-    ends = [
-        (Layer.of(this), coupling(this.x, this.axis), coupling(this.op.node, this.axis))
-        for this in layers(minimal)
-    ]
+    network = network_of(minimal, coupling)
     room: dict[Coupling, Room] = {}
     concatenations: dict[Coupling, tuple[Coupling, ...]] = {}
     originals = {node.meta["origin"].name: node for node in original.infos if "origin" in node.meta}
@@ -198,7 +178,7 @@ def widths_of(minimal: Program, original: Program, target: Target) -> Widths:
             axis = joined_axis(minimal.op(node))
             parts = tuple(coupling(operand, axis) for operand in minimal.op(node).operands)
             concatenations[coupling(node, axis)] = parts
-    return Widths(target, ends, before, room, concatenations)
+    return Widths(target, network, before, room, concatenations)
 
 
 def _room(

@@ -43,6 +43,11 @@ class Layer:
             this.is_transposed,
         )
 
+    @property
+    def is_of_images(self) -> bool:
+        """Whether it is a convolution of images, ordinary or depthwise."""
+        return self.spatial_rank == 2 and not self.is_transposed and (self.groups == 1 or self.is_depthwise)
+
     def macs(self, inputs: int, outputs: int) -> int:
         """Multiply-adds of one example."""
         return inputs * outputs // self.groups * self.taps * self.positions
@@ -57,6 +62,12 @@ class Target(Protocol):
     def seconds(self, layer: Layer, inputs: int, outputs: int) -> float:
         """About how long a layer of that many input and output channels takes for one example."""
 
+    def packed(self, layer: Layer, inputs: int, outputs: int) -> tuple[bool, bool]:
+        """Whether the layer takes, and whether it gives, channels packed in blocks."""
+
+    def moving(self, channels: int, positions: int) -> float:
+        """How long it takes to pack channels or to unpack them, for one example, in seconds."""
+
     def widths(self, channels: int) -> tuple[int, ...]:
         """The next widths above `channels` that may be faster."""
 
@@ -67,7 +78,7 @@ class BlockedConvolutions:
 
     `per_mac`: of a multiply-add; `per_column_entry`, `per_layout`: of an entry of the columns, and of laying them out
     at all, for kernels of more than one tap; `per_point`: of an entry where there is nothing to lay out;
-    `per_unpacked`: of an entry of less than a block, which is read as it lies and packed differently before;
+    `per_moved`: of an entry that is packed or unpacked;
     `per_depthwise`, `per_unblocked_depthwise`, `per_unblocked_channel`: of depthwise layers.
     """
 
@@ -78,7 +89,7 @@ class BlockedConvolutions:
     per_column_entry: float = 260.0
     per_layout: float = 11e6
     per_point: float = 400.0
-    per_unpacked: float = 750.0
+    per_moved: float = 750.0
     per_depthwise: float = 55.0
     per_unblocked_depthwise: float = 200.0
     per_unblocked_channel: float = 260e3
@@ -87,20 +98,31 @@ class BlockedConvolutions:
         return self._picoseconds(layer, inputs, outputs) * PICOSECOND
 
     def _picoseconds(self, layer: Layer, inputs: int, outputs: int) -> float:
-        if layer.spatial_rank != 2 or layer.is_transposed or (layer.groups > 1 and not layer.is_depthwise):
+        if not layer.is_of_images:
             return self.per_mac * layer.macs(inputs, outputs)
-        aligned = inputs % self.alignment == 0
         work = layer.taps * layer.positions
+        blocked = self._is_blocked(layer, inputs)
         if layer.is_depthwise:
-            if aligned:
+            if blocked:
                 return self.per_depthwise * self._blocks(inputs) * work
             return inputs * (self.per_unblocked_channel + self.per_unblocked_depthwise * work)
-        if inputs < self.block or aligned:
-            if inputs >= self.block:
-                return self.per_mac * self._blocks(inputs) * self._blocks(outputs) * work
-            unpacked = self.per_unpacked * self.block * layer.positions
-            return self.per_mac * inputs * self._blocks(outputs) * work + unpacked
+        if blocked:
+            read = inputs if inputs < self.block else self._blocks(inputs)
+            return self.per_mac * read * self._blocks(outputs) * work
         return self.per_mac * inputs * outputs * work + self._layout(layer, inputs * work)
+
+    def _is_blocked(self, layer: Layer, inputs: int) -> bool:
+        if not layer.is_of_images:
+            return False
+        return inputs % self.alignment == 0 or (inputs < self.block and not layer.is_depthwise)
+
+    def packed(self, layer: Layer, inputs: int, outputs: int) -> tuple[bool, bool]:
+        """Less than a block is read as it lies, but by a depthwise layer."""
+        blocked = self._is_blocked(layer, inputs)
+        return blocked and (layer.is_depthwise or inputs >= self.block), blocked
+
+    def moving(self, channels: int, positions: int) -> float:
+        return self.per_moved * self._blocks(channels) * positions * PICOSECOND
 
     def _layout(self, layer: Layer, entries: int) -> float:
         if layer.taps == 1:
@@ -126,6 +148,12 @@ class Multiples:
         padded = [-(-channels // self.multiple) * self.multiple for channels in (inputs, outputs)]
         aligned = (inputs % self.multiple == 0) and (outputs % self.multiple == 0)
         return layer.macs(*padded) * (1.0 if aligned else 1.5) * PICOSECOND
+
+    def packed(self, layer: Layer, inputs: int, outputs: int) -> tuple[bool, bool]:
+        return False, False
+
+    def moving(self, channels: int, positions: int) -> float:
+        return 0.0
 
     def widths(self, channels: int) -> tuple[int, ...]:
         return tuple({-(-channels // self.multiple) * self.multiple} - {channels})

@@ -36,6 +36,7 @@ LAYERS = (
     "passes.separate_edges",
     "passes.remove_dead",
     "passes.targets",
+    "passes.network",
     "passes.choose_widths",
     "passes",
     "sbp_compile.errors",
