@@ -4,6 +4,7 @@
 #   make test-slow  the tests that are left out of `make test`
 #   make fuzz       random networks, FUZZ_GRAPHS of them from FUZZ_SEED on
 #   make zoo        every architecture of tests/zoo, masked and compiled, against a bound (half an hour on two cores)
+#   make bench      what the compiler makes against the dense and the minimal network, in turns (hours)
 #   make rules      every rule against the real operator, RULE_SAMPLES samples each, from RULE_SEED on
 #   make mutation   MUTANTS small changes of the passes, and whether the tests notice
 #   make cuda       the checks and timings that need a GPU, in an environment of their own
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DEMO_MODEL := models/lenet5-sbp-digits.pt
 
-.PHONY: compare cuda demo test test-slow fuzz zoo rules mutation lint clean
+.PHONY: bench compare cuda demo test test-slow fuzz zoo rules mutation lint clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -40,6 +41,10 @@ fuzz: $(READY)
 
 zoo: $(READY)
 	$(BIN)/python tools/zoo.py --write
+
+bench: $(READY)
+	mkdir -p out
+	$(BIN)/python tools/bench.py --json out/bench.json --write
 
 rules: $(READY)
 	$(BIN)/python tools/validate_rules.py --samples $(RULE_SAMPLES) --seed $(RULE_SEED) --write
