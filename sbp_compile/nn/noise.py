@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,9 @@ class LogNormalNoise(nn.Module):
     Input: floating tensor of any rank with `num_features` entries along `dim` (negative: from the end).
     Output: the same shape and dtype, under autocast too: the factor is computed in float64 (samples in
     float32, or float64 if the parameters are) and rounded once to the input's dtype.
-    Parameters: `mu` (initially 0), `log_sigma` (initially -5), shape (num_features,); the whole state.
+    Parameters: `mu` (initially 0), `log_sigma` (initially -5), shape (num_features,); the whole state until
+    units are switched off. Then there is a buffer `off`, bool (num_features,): their factor is 0 in train mode
+    too, they have no share in the KL, and nothing is learnt through them.
     Statistics and their gradients are finite for finite parameters; |log_sigma| saturates at 80. The device
     must have float64.
 
@@ -54,6 +57,9 @@ class LogNormalNoise(nn.Module):
         self.per_example = per_example
         self.mu = nn.Parameter(torch.empty(self.num_features, device=device, dtype=dtype))
         self.log_sigma = nn.Parameter(torch.empty(self.num_features, device=device, dtype=dtype))
+        self.off: Tensor | None
+        self.register_buffer("off", None)
+        self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -82,7 +88,7 @@ class LogNormalNoise(nn.Module):
         return self._moments().snr.to(self.mu.dtype)
 
     def mask(self) -> Tensor:
-        """Tell which features stay, shape (num_features,): SNR above the threshold, or not a number.
+        """Tell which features stay, shape (num_features,): not off, and SNR above the threshold or not a number.
 
         Decided in float64 whatever the parameters' dtype.
         """
@@ -90,7 +96,21 @@ class LogNormalNoise(nn.Module):
 
     def kl(self) -> Tensor:
         """KL(q(theta) || p(theta)) in nats, summed over the features: a scalar in the parameters' dtype."""
-        return truncated.divergence(self.mu, self.log_sigma, *self.log_range).sum().to(self.mu.dtype)
+        divergence = truncated.divergence(self.mu, self.log_sigma, *self.log_range)
+        return self._without_off(divergence).sum().to(self.mu.dtype)
+
+    def switch_off(self, units: Tensor) -> None:
+        """Switch the features off at which `units`, bool (num_features,), is set; they stay off.
+
+        `off = None` takes everything back. Raises NoiseArgumentError for a mask of another shape or dtype.
+        """
+        if units.dtype != torch.bool or units.shape != (self.num_features,):
+            raise NoiseArgumentError(
+                f"`units` (={units.dtype} of shape {tuple(units.shape)}) must be a bool mask of shape "
+                f"({self.num_features},)"
+            )
+        units = units.to(self.mu.device)
+        self.off = units.clone() if self.off is None else self.off | units
 
     def extra_repr(self) -> str:
         """Show the arguments that the layer was made with."""
@@ -104,7 +124,11 @@ class LogNormalNoise(nn.Module):
 
     def _kept(self, moments: truncated.Moments) -> Tensor:
         # "not below" rather than "above": a NaN must never prune.
-        return ~(moments.snr <= self.threshold)
+        kept = ~(moments.snr <= self.threshold)
+        return kept if self.off is None else kept & ~self.off
+
+    def _without_off(self, values: Tensor) -> Tensor:
+        return values if self.off is None else torch.where(self.off, 0.0, values)
 
     def _masked_mean(self) -> Tensor:
         moments = self._moments()
@@ -113,7 +137,7 @@ class LogNormalNoise(nn.Module):
     def _sample(self, x: Tensor, dim: int) -> Tensor:
         rows = x.shape[0] if self.per_example and dim != 0 else 1
         p = sampling.uniform(rows, self.mu)
-        return sampling.sample(self.mu, self.log_sigma, p, *self.log_range)
+        return self._without_off(sampling.sample(self.mu, self.log_sigma, p, *self.log_range))
 
     def _feature_dim(self, x: Tensor) -> int:
         if not -x.ndim <= self.dim < x.ndim:
@@ -126,6 +150,13 @@ class LogNormalNoise(nn.Module):
                 f"of the input, which has shape {tuple(x.shape)}"
             )
         return self.dim % x.ndim
+
+
+def _make_room(layer: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Before a state is loaded: a buffer for the units that are off in it, none if none are."""
+    assert isinstance(layer, LogNormalNoise)
+    found = state.get(f"{prefix}off")
+    layer.off = None if found is None else torch.zeros_like(layer.mu, dtype=torch.bool)
 
 
 def noise_layers(module: nn.Module) -> list[LogNormalNoise]:
