@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from sbp_compile.errors import UsageError
 from sbp_compile.nn import sampling, truncated
+
+LayerNumbers = Mapping[str, float] | Sequence[float]
+"""One number for each noise layer: in the order of `noise_layers`, or by name."""
 
 
 class NoiseArgumentError(UsageError, ValueError):
@@ -164,26 +168,60 @@ def noise_layers(module: nn.Module) -> list[LogNormalNoise]:
     return [m for m in module.modules() if isinstance(m, LogNormalNoise)]
 
 
-def kl_divergence(module: nn.Module) -> Tensor:
+def named_noise_layers(module: nn.Module) -> dict[str, LogNormalNoise]:
+    """The same layers by name, each under its first."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, LogNormalNoise)}
+
+
+def kl_divergence(module: nn.Module, weights: LayerNumbers | None = None) -> Tensor:
     """Sum of `kl()` over all noise layers of `module`, in nats; a scalar, 0.0 where there are none.
 
     The loss is mean cross-entropy + this / number of training examples: the paper's lower bound, per example.
-    Layers may lie on several devices; the sum is on the first one's.
+    `weights` multiplies each layer's: one number per layer, in order or by name. Layers may lie on several
+    devices; the sum is on the first one's. Raises NoiseArgumentError where `weights` does not fit the layers.
     """
-    divergences = [layer.kl() for layer in noise_layers(module)]
+    layers = named_noise_layers(module)
+    scales = dict.fromkeys(layers, 1.0) if weights is None else by_layer(module, "weights", weights)
+    divergences = [scales[name] * layer.kl() for name, layer in layers.items() if scales[name]]
     if not divergences:
         return torch.zeros(())
     return torch.stack([kl.to(divergences[0].device) for kl in divergences]).sum()
 
 
-def set_threshold(module: nn.Module, value: float) -> None:
-    """Set the SNR threshold of every noise layer of `module`.
+def set_threshold(module: nn.Module, value: float | LayerNumbers) -> None:
+    """Set the SNR threshold of every noise layer of `module`: one for all, or one for each, in order or by name.
 
-    Raises NoiseArgumentError and changes nothing unless `value` is a number >= 0 (infinity masks all).
+    Raises NoiseArgumentError and changes nothing unless every value is a number >= 0 (infinity masks all) and
+    every layer has one.
     """
-    value = _checked_threshold(value)
-    for layer in noise_layers(module):
-        layer.threshold = value
+    layers = named_noise_layers(module)
+    if isinstance(value, (Mapping, Sequence)) and not isinstance(value, str):
+        thresholds = by_layer(module, "value", value)
+    else:
+        thresholds = dict.fromkeys(layers, value)
+    checked = {name: _checked_threshold(threshold) for name, threshold in thresholds.items()}
+    for name, layer in layers.items():
+        layer.threshold = checked[name]
+
+
+def by_layer(module: nn.Module, argument: str, numbers: LayerNumbers) -> dict[str, float]:
+    """One number per noise layer, given in order or by name, as a dict by name.
+
+    Raises NoiseArgumentError, naming `argument`, where they are too few, too many or of unknown layers.
+    """
+    names = list(named_noise_layers(module))
+    if isinstance(numbers, Mapping):
+        if set(numbers) == set(names):
+            return dict(numbers)
+        wrong = sorted(set(numbers) ^ set(names))
+        raise NoiseArgumentError(
+            f"`{argument}` must have one number per noise layer; missing or unknown: {', '.join(wrong)}"
+        )
+    if len(numbers) != len(names):
+        raise NoiseArgumentError(
+            f"`{argument}` (={tuple(numbers)}) must have {len(names)} entries, one per noise layer"
+        )
+    return dict(zip(names, numbers, strict=True))
 
 
 def _checked_integer(name: str, value: int, least: int | None = None) -> int:
