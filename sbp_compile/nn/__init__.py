@@ -1,26 +1,44 @@
 """The training side: noise layers of Structured Bayesian Pruning, where they go, and what they learn from."""
 
+from sbp_compile.nn.criteria import Criterion, bmrs_n, bmrs_u, prune, snr_above
 from sbp_compile.nn.hidden import hidden_linears
 from sbp_compile.nn.insertion import CONVOLUTIONS, NORMS, Inserted, Insertion, insert_noise, remove_noise
 from sbp_compile.nn.noise import (
+    LayerNumbers,
     LogNormalNoise,
     NoiseArgumentError,
     kl_divergence,
+    named_noise_layers,
     noise_layers,
     set_threshold,
 )
+from sbp_compile.nn.objective import clip_noise, elbo_loss, parameter_groups, variational_parameters
+from sbp_compile.nn.schedules import Anneal, Cycle
 
 __all__ = [
     "CONVOLUTIONS",
     "NORMS",
+    "Anneal",
+    "Criterion",
+    "Cycle",
     "Inserted",
     "Insertion",
+    "LayerNumbers",
     "LogNormalNoise",
     "NoiseArgumentError",
+    "bmrs_n",
+    "bmrs_u",
+    "clip_noise",
+    "elbo_loss",
     "hidden_linears",
     "insert_noise",
     "kl_divergence",
+    "named_noise_layers",
     "noise_layers",
+    "parameter_groups",
+    "prune",
     "remove_noise",
     "set_threshold",
+    "snr_above",
+    "variational_parameters",
 ]
