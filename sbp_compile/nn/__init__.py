@@ -1,5 +1,7 @@
 """The training side: noise layers of Structured Bayesian Pruning, where they go, and what they learn from."""
 
+from sbp_compile.nn.budget import Fit, prune_to_latency, prune_to_macs
+from sbp_compile.nn.costs import NetworkCosts, mac_kl_weights
 from sbp_compile.nn.criteria import Criterion, bmrs_n, bmrs_u, prune, snr_above
 from sbp_compile.nn.hidden import hidden_linears
 from sbp_compile.nn.insertion import CONVOLUTIONS, NORMS, Inserted, Insertion, insert_noise, remove_noise
@@ -14,6 +16,7 @@ from sbp_compile.nn.noise import (
 )
 from sbp_compile.nn.objective import clip_noise, elbo_loss, parameter_groups, variational_parameters
 from sbp_compile.nn.schedules import Anneal, Cycle
+from sbp_compile.nn.sparsity import LayerSparsity, Sparsity, sparsity
 
 __all__ = [
     "CONVOLUTIONS",
@@ -21,11 +24,15 @@ __all__ = [
     "Anneal",
     "Criterion",
     "Cycle",
+    "Fit",
     "Inserted",
     "Insertion",
     "LayerNumbers",
+    "LayerSparsity",
     "LogNormalNoise",
+    "NetworkCosts",
     "NoiseArgumentError",
+    "Sparsity",
     "bmrs_n",
     "bmrs_u",
     "clip_noise",
@@ -33,12 +40,16 @@ __all__ = [
     "hidden_linears",
     "insert_noise",
     "kl_divergence",
+    "mac_kl_weights",
     "named_noise_layers",
     "noise_layers",
     "parameter_groups",
     "prune",
+    "prune_to_latency",
+    "prune_to_macs",
     "remove_noise",
     "set_threshold",
     "snr_above",
+    "sparsity",
     "variational_parameters",
 ]
