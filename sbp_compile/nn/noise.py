@@ -35,7 +35,9 @@ class LogNormalNoise(nn.Module):
     float32, or float64 if the parameters are) and rounded once to the input's dtype.
     Parameters: `mu` (initially 0), `log_sigma` (initially -5), shape (num_features,); the whole state until
     units are switched off. Then there is a buffer `off`, bool (num_features,): their factor is 0 in train mode
-    too, they have no share in the KL, and nothing is learnt through them.
+    too, they have no share in the KL, and nothing is learnt through them. A layer that lost units has a buffer
+    `survivors`, bool (features it once had,): it draws for all of them and takes its own, so that the same seed gives
+    the units that are left the same noise.
     Statistics and their gradients are finite for finite parameters; |log_sigma| saturates at 80. The device
     must have float64.
 
@@ -62,7 +64,11 @@ class LogNormalNoise(nn.Module):
         self.mu = nn.Parameter(torch.empty(self.num_features, device=device, dtype=dtype))
         self.log_sigma = nn.Parameter(torch.empty(self.num_features, device=device, dtype=dtype))
         self.off: Tensor | None
+        self.survivors: Tensor | None
+        self._drawn: Tensor | None
         self.register_buffer("off", None)
+        self.register_buffer("survivors", None)
+        self.register_buffer("_drawn", None, persistent=False)
         self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
@@ -116,6 +122,18 @@ class LogNormalNoise(nn.Module):
         units = units.to(self.mu.device)
         self.off = units.clone() if self.off is None else self.off | units
 
+    def survive(self, kept: Tensor) -> None:
+        """Go on with the features at which `kept`, bool (num_features,), is set; the parameters have lost the others.
+
+        Called by the shrinker, which replaces the parameters.
+        """
+        before = torch.ones_like(kept) if self.survivors is None else self.survivors.clone()
+        before[before.clone()] = kept
+        self.survivors, self._drawn = before, before.nonzero().flatten()
+        self.num_features = int(kept.sum())
+        left = None if self.off is None else self.off[kept]
+        self.off = left if left is not None and bool(left.any()) else None
+
     def extra_repr(self) -> str:
         """Show the arguments that the layer was made with."""
         return (
@@ -140,7 +158,10 @@ class LogNormalNoise(nn.Module):
 
     def _sample(self, x: Tensor, dim: int) -> Tensor:
         rows = x.shape[0] if self.per_example and dim != 0 else 1
-        p = sampling.uniform(rows, self.mu)
+        if self.survivors is None or self._drawn is None:
+            p = sampling.uniform(rows, self.mu)
+        else:
+            p = sampling.uniform(rows, self.mu, len(self.survivors)).index_select(1, self._drawn)
         return self._without_off(sampling.sample(self.mu, self.log_sigma, p, *self.log_range))
 
     def _feature_dim(self, x: Tensor) -> int:
@@ -157,10 +178,12 @@ class LogNormalNoise(nn.Module):
 
 
 def _make_room(layer: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Before a state is loaded: a buffer for the units that are off in it, none if none are."""
+    """Before a state is loaded: buffers for the units that are off or gone in it, none if none are."""
     assert isinstance(layer, LogNormalNoise)
-    found = state.get(f"{prefix}off")
-    layer.off = None if found is None else torch.zeros_like(layer.mu, dtype=torch.bool)
+    off, survivors = state.get(f"{prefix}off"), state.get(f"{prefix}survivors")
+    layer.off = None if off is None else torch.zeros_like(layer.mu, dtype=torch.bool)
+    layer.survivors = None if survivors is None else survivors.to(layer.mu.device, copy=True)
+    layer._drawn = None if layer.survivors is None else layer.survivors.nonzero().flatten()
 
 
 def noise_layers(module: nn.Module) -> list[LogNormalNoise]:
