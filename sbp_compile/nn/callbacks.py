@@ -3,7 +3,7 @@
 writer = SummaryWriter()                      # torch.utils.tensorboard, or anything with its two methods
 log_sparsity(writer, model, step, costs)
 
-trainer = Trainer(callbacks=[lightning_callback(costs_from=example, every=2)])
+trainer = Trainer(callbacks=[lightning_callback(example, every=2)])
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def lightning_callback(
         def __init__(self) -> None:
             self.pruner: TrainingPruner | None = None
             self._costs: NetworkCosts | None = None
+            self._dense_macs = 0
             self._resumed: dict[str, Any] = {}
 
         def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -90,7 +91,10 @@ def lightning_callback(
                 self._costs = None
             if macs and example_inputs is not None and self._costs is None:
                 self._costs = NetworkCosts(pl_module, example_inputs)
+                self._dense_macs = self._dense_macs or self._costs.dense_macs
             scalars = sparsity(pl_module, self._costs).scalars()
+            if self._costs is not None:  # of the network as it began, whatever was removed since
+                scalars["macs_share"] = scalars["macs"] / max(self._dense_macs, 1)
             pl_module.log_dict({f"sbp/{name}": float(value) for name, value in scalars.items()})
 
         def state_dict(self) -> dict[str, Any]:
