@@ -164,10 +164,13 @@ class _Change:
         """Let a layer read 0 from the frozen channels; what they gave is in its bias."""
         owner = self.module.get_submodule(name)
         assert isinstance(owner, _WITH_BIAS)
-        shape = [-1] + [1] * (-axis - 1)
-        owner.register_buffer(_FROZEN, kept.view(shape).to(owner.weight.device), persistent=False)
-        handle = owner.register_forward_pre_hook(_hide_frozen)
+        mask = kept.view([-1] + [1] * (-axis - 1)).to(owner.weight.device)
         self.frozen[name] = int((~kept).sum())
+        if hasattr(owner, _FROZEN):
+            self._set(owner, _FROZEN, owner.get_buffer(_FROZEN) & mask)
+            return
+        owner.register_buffer(_FROZEN, mask, persistent=False)
+        handle = owner.register_forward_pre_hook(_hide_frozen)
         self._undo += [handle.remove, lambda: delattr(owner, _FROZEN)]
 
     def settle_widths(self, plan: Plan) -> None:

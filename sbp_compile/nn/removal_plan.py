@@ -96,7 +96,7 @@ class _Planner:
     def __init__(self, module: nn.Module, captured: Program) -> None:
         self.module = module
         self.noise = named_noise_layers(module)
-        self.state = set(module.state_dict())
+        self.state = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
         self.captured = captured
         self.dependent = _dependent(captured)
         self.program = Canonicalize()(_without_zeros(captured, self.dependent)).program
@@ -339,7 +339,8 @@ def _tied(module: nn.Module) -> set[str]:
 def _refuse_unseen(module: nn.Module, program: Program) -> None:
     """Parameters that eval mode does not use may read channels in train mode."""
     read = {str(node.target) for node in program.graph.nodes if node.op == "get_attr" and node.users}
-    unseen = [name for name, _ in module.named_parameters() if name not in read]
+    held = {id(p) for name, p in module.named_parameters(remove_duplicate=False) if name in read}
+    unseen = [name for name, p in module.named_parameters() if id(p) not in held]
     if unseen:
         raise UnsupportedModelError(
             f"parameter {unseen[0]!r} is not used in eval mode, so what it reads in training is not known: "

@@ -250,8 +250,8 @@ def test_the_compiler_removes_channels_of_a_residual_block():
 @pytest.mark.parametrize(
     "name",
     [
-        "torch_encoder",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "bert", "convnext")),
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("torch_encoder", "resnet18", "bert", "convnext")
     ],
 )
 def test_the_compiler_removes_what_inserted_noise_switches_off(name):
