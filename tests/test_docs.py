@@ -41,6 +41,11 @@ def test_the_page_on_passes_runs(tmp_path: Path) -> None:
     run_code(code_of(ROOT / "docs" / "passes.md"), tmp_path)
 
 
+def test_the_page_on_noise_runs(tmp_path: Path) -> None:
+    run_code(code_of(ROOT / "docs" / "noise.md"), tmp_path)
+    assert (tmp_path / "small.onnx").exists()
+
+
 def test_the_readme_runs(tmp_path: Path) -> None:
     run_code(README_SETUP + code_of(ROOT / "README.md"), tmp_path)
     assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["net.pt", "small.onnx"]

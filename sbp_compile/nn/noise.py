@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sbp_compile.errors import UsageError
 from sbp_compile.nn import sampling, truncated
+
+LayerNumbers = Mapping[str, float] | Sequence[float]
+"""One number for each noise layer: in the order of `noise_layers`, or by name."""
 
 
 class NoiseArgumentError(UsageError, ValueError):
@@ -28,7 +33,11 @@ class LogNormalNoise(nn.Module):
     Input: floating tensor of any rank with `num_features` entries along `dim` (negative: from the end).
     Output: the same shape and dtype, under autocast too: the factor is computed in float64 (samples in
     float32, or float64 if the parameters are) and rounded once to the input's dtype.
-    Parameters: `mu` (initially 0), `log_sigma` (initially -5), shape (num_features,); the whole state.
+    Parameters: `mu` (initially 0), `log_sigma` (initially -5), shape (num_features,); the whole state until
+    units are switched off. Then there is a buffer `off`, bool (num_features,): their factor is 0 in train mode
+    too, they have no share in the KL, and nothing is learnt through them. A layer that lost units has a buffer
+    `survivors`, bool (features it once had,): it draws for all of them and takes its own, so that the same seed gives
+    the units that are left the same noise.
     Statistics and their gradients are finite for finite parameters; |log_sigma| saturates at 80. The device
     must have float64.
 
@@ -54,6 +63,13 @@ class LogNormalNoise(nn.Module):
         self.per_example = per_example
         self.mu = nn.Parameter(torch.empty(self.num_features, device=device, dtype=dtype))
         self.log_sigma = nn.Parameter(torch.empty(self.num_features, device=device, dtype=dtype))
+        self.off: Tensor | None
+        self.survivors: Tensor | None
+        self._drawn: Tensor | None
+        self.register_buffer("off", None)
+        self.register_buffer("survivors", None)
+        self.register_buffer("_drawn", None, persistent=False)
+        self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -82,7 +98,7 @@ class LogNormalNoise(nn.Module):
         return self._moments().snr.to(self.mu.dtype)
 
     def mask(self) -> Tensor:
-        """Tell which features stay, shape (num_features,): SNR above the threshold, or not a number.
+        """Tell which features stay, shape (num_features,): not off, and SNR above the threshold or not a number.
 
         Decided in float64 whatever the parameters' dtype.
         """
@@ -90,7 +106,33 @@ class LogNormalNoise(nn.Module):
 
     def kl(self) -> Tensor:
         """KL(q(theta) || p(theta)) in nats, summed over the features: a scalar in the parameters' dtype."""
-        return truncated.divergence(self.mu, self.log_sigma, *self.log_range).sum().to(self.mu.dtype)
+        divergence = truncated.divergence(self.mu, self.log_sigma, *self.log_range)
+        return self._without_off(divergence).sum().to(self.mu.dtype)
+
+    def switch_off(self, units: Tensor) -> None:
+        """Switch the features off at which `units`, bool (num_features,), is set; they stay off.
+
+        `off = None` takes everything back. Raises NoiseArgumentError for a mask of another shape or dtype.
+        """
+        if units.dtype != torch.bool or units.shape != (self.num_features,):
+            raise NoiseArgumentError(
+                f"`units` (={units.dtype} of shape {tuple(units.shape)}) must be a bool mask of shape "
+                f"({self.num_features},)"
+            )
+        units = units.to(self.mu.device)
+        self.off = units.clone() if self.off is None else self.off | units
+
+    def survive(self, kept: Tensor) -> None:
+        """Go on with the features at which `kept`, bool (num_features,), is set; the parameters have lost the others.
+
+        Called by the shrinker, which replaces the parameters.
+        """
+        before = torch.ones_like(kept) if self.survivors is None else self.survivors.clone()
+        before[before.clone()] = kept
+        self.survivors, self._drawn = before, before.nonzero().flatten()
+        self.num_features = int(kept.sum())
+        left = None if self.off is None else self.off[kept]
+        self.off = left if left is not None and bool(left.any()) else None
 
     def extra_repr(self) -> str:
         """Show the arguments that the layer was made with."""
@@ -104,7 +146,11 @@ class LogNormalNoise(nn.Module):
 
     def _kept(self, moments: truncated.Moments) -> Tensor:
         # "not below" rather than "above": a NaN must never prune.
-        return ~(moments.snr <= self.threshold)
+        kept = ~(moments.snr <= self.threshold)
+        return kept if self.off is None else kept & ~self.off
+
+    def _without_off(self, values: Tensor) -> Tensor:
+        return values if self.off is None else torch.where(self.off, 0.0, values)
 
     def _masked_mean(self) -> Tensor:
         moments = self._moments()
@@ -112,8 +158,11 @@ class LogNormalNoise(nn.Module):
 
     def _sample(self, x: Tensor, dim: int) -> Tensor:
         rows = x.shape[0] if self.per_example and dim != 0 else 1
-        p = sampling.uniform(rows, self.mu)
-        return sampling.sample(self.mu, self.log_sigma, p, *self.log_range)
+        if self.survivors is None or self._drawn is None:
+            p = sampling.uniform(rows, self.mu)
+        else:
+            p = sampling.uniform(rows, self.mu, len(self.survivors)).index_select(1, self._drawn)
+        return self._without_off(sampling.sample(self.mu, self.log_sigma, p, *self.log_range))
 
     def _feature_dim(self, x: Tensor) -> int:
         if not -x.ndim <= self.dim < x.ndim:
@@ -128,31 +177,74 @@ class LogNormalNoise(nn.Module):
         return self.dim % x.ndim
 
 
+def _make_room(layer: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Before a state is loaded: buffers for the units that are off or gone in it, none if none are."""
+    assert isinstance(layer, LogNormalNoise)
+    off, survivors = state.get(f"{prefix}off"), state.get(f"{prefix}survivors")
+    layer.off = None if off is None else torch.zeros_like(layer.mu, dtype=torch.bool)
+    layer.survivors = None if survivors is None else survivors.to(layer.mu.device, copy=True)
+    layer._drawn = None if layer.survivors is None else layer.survivors.nonzero().flatten()
+
+
 def noise_layers(module: nn.Module) -> list[LogNormalNoise]:
     """Every noise layer in `module`, itself included, each once, in the order of `module.modules()`."""
     return [m for m in module.modules() if isinstance(m, LogNormalNoise)]
 
 
-def kl_divergence(module: nn.Module) -> Tensor:
+def named_noise_layers(module: nn.Module) -> dict[str, LogNormalNoise]:
+    """The same layers by name, each under its first."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, LogNormalNoise)}
+
+
+def kl_divergence(module: nn.Module, weights: LayerNumbers | None = None) -> Tensor:
     """Sum of `kl()` over all noise layers of `module`, in nats; a scalar, 0.0 where there are none.
 
     The loss is mean cross-entropy + this / number of training examples: the paper's lower bound, per example.
-    Layers may lie on several devices; the sum is on the first one's.
+    `weights` multiplies each layer's: one number per layer, in order or by name. Layers may lie on several
+    devices; the sum is on the first one's. Raises NoiseArgumentError where `weights` does not fit the layers.
     """
-    divergences = [layer.kl() for layer in noise_layers(module)]
+    layers = named_noise_layers(module)
+    scales = dict.fromkeys(layers, 1.0) if weights is None else by_layer(module, "weights", weights)
+    divergences = [scales[name] * layer.kl() for name, layer in layers.items() if scales[name]]
     if not divergences:
         return torch.zeros(())
     return torch.stack([kl.to(divergences[0].device) for kl in divergences]).sum()
 
 
-def set_threshold(module: nn.Module, value: float) -> None:
-    """Set the SNR threshold of every noise layer of `module`.
+def set_threshold(module: nn.Module, value: float | LayerNumbers) -> None:
+    """Set the SNR threshold of every noise layer of `module`: one for all, or one for each, in order or by name.
 
-    Raises NoiseArgumentError and changes nothing unless `value` is a number >= 0 (infinity masks all).
+    Raises NoiseArgumentError and changes nothing unless every value is a number >= 0 (infinity masks all) and
+    every layer has one.
     """
-    value = _checked_threshold(value)
-    for layer in noise_layers(module):
-        layer.threshold = value
+    layers = named_noise_layers(module)
+    if isinstance(value, (Mapping, Sequence)) and not isinstance(value, str):
+        thresholds = by_layer(module, "value", value)
+    else:
+        thresholds = dict.fromkeys(layers, value)
+    checked = {name: _checked_threshold(threshold) for name, threshold in thresholds.items()}
+    for name, layer in layers.items():
+        layer.threshold = checked[name]
+
+
+def by_layer(module: nn.Module, argument: str, numbers: LayerNumbers) -> dict[str, float]:
+    """One number per noise layer, given in order or by name, as a dict by name.
+
+    Raises NoiseArgumentError, naming `argument`, where they are too few, too many or of unknown layers.
+    """
+    names = list(named_noise_layers(module))
+    if isinstance(numbers, Mapping):
+        if set(numbers) == set(names):
+            return dict(numbers)
+        wrong = sorted(set(numbers) ^ set(names))
+        raise NoiseArgumentError(
+            f"`{argument}` must have one number per noise layer; missing or unknown: {', '.join(wrong)}"
+        )
+    if len(numbers) != len(names):
+        raise NoiseArgumentError(
+            f"`{argument}` (={tuple(numbers)}) must have {len(names)} entries, one per noise layer"
+        )
+    return dict(zip(names, numbers, strict=True))
 
 
 def _checked_integer(name: str, value: int, least: int | None = None) -> int:

@@ -53,11 +53,11 @@ class _Law(NamedTuple):
     end_drop: Tensor  # 1 - m(u + w)/m(u)
 
 
-def uniform(rows: int, mu: Tensor) -> Tensor:
-    """Draw numbers in (0, 1), never 0 or 1, of shape (rows, len(mu)); float64 if `mu` is, else float32."""
+def uniform(rows: int, mu: Tensor, width: int | None = None) -> Tensor:
+    """Draw numbers in (0, 1), never 0 or 1, of shape (rows, width or len(mu)); float64 if `mu` is, else float32."""
     dtype = torch.float64 if mu.dtype == torch.float64 else torch.float32
     eps = torch.finfo(dtype).eps
-    return torch.rand(rows, mu.shape[0], dtype=dtype, device=mu.device).clamp_(eps / 4, 1 - eps / 2)
+    return torch.rand(rows, width or mu.shape[0], dtype=dtype, device=mu.device).clamp_(eps / 4, 1 - eps / 2)
 
 
 def sample(mu: Tensor, log_sigma: Tensor, p: Tensor, a: float, b: float) -> Tensor:

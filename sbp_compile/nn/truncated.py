@@ -94,6 +94,20 @@ def divergence(mu: Tensor, log_sigma: Tensor, a: float, b: float) -> Tensor:
     return ((b - a) / (2 * window.half)).log() + ((g * above) @ weights) / (1 + mass) - mass.log1p()
 
 
+def log_mass(mu: Tensor, log_sigma: Tensor, a: float, b: float) -> Tensor:
+    """Log of the integral of exp(-((x - mu)^2 - (m - mu)^2) / (2 s^2)) over [a, b], m = mu clipped to [a, b].
+
+    The mass of a normal density on an interval, relative to its largest value there, per feature in float64;
+    it does not underflow wherever mu lies.
+    """
+    mu, log_sigma = upcast(mu, log_sigma)
+    window = _live_window(mu, log_sigma, a, b)
+    c, h = window.centre, window.half
+    mean = -(c * (c + 2 * (window.mode - mu)) + h.square() / 3) * (-2 * log_sigma).exp() / 2
+    above = torch.expm1(_log_density(window, mu, log_sigma)) @ _MEAN_WEIGHTS.to(mu.device)
+    return (2 * h).log() + mean + above.log1p()
+
+
 def _log_density(window: _Window, mu: Tensor, log_sigma: Tensor) -> Tensor:
     """Evaluate log q, less its mean over the window, at the nodes: (features, nodes)."""
     precision = (-2 * log_sigma).exp()

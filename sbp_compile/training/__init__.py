@@ -16,7 +16,6 @@ from sbp_compile.training.loop import (
     evaluate,
     predict,
     train,
-    weighted_kl,
     with_noise,
 )
 from sbp_compile.training.models import ConvBlock, LeNet5, LeNet500300, Network, VGGLike
@@ -51,6 +50,5 @@ __all__ = [
     "recipe_for",
     "to_tensor",
     "train",
-    "weighted_kl",
     "with_noise",
 ]

@@ -10,14 +10,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbp_compile.errors import UsageError
-from sbp_compile.nn import kl_divergence, noise_layers
+from sbp_compile.nn import elbo_loss, kl_divergence, noise_layers, parameter_groups
 from sbp_compile.training.data import ImageData, to_tensor
 from sbp_compile.training.models import Network
 from sbp_compile.training.recipes import Phase, Recipe
@@ -80,16 +79,6 @@ def evaluate(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) 
     return 100.0 * float(wrong.double().mean())
 
 
-def weighted_kl(model: nn.Module, weights: Sequence[float]) -> Tensor:
-    """Sum of each noise layer's KL, in nats, times its weight: a scalar with gradients."""
-    layers = noise_layers(model)
-    if len(layers) != len(weights):
-        raise UsageError(
-            f"`kl_weights` (={tuple(weights)}) must have {len(layers)} entries, one per noise layer"
-        )
-    return sum((w * layer.kl() for w, layer in zip(weights, layers, strict=True)), torch.zeros(()))
-
-
 def train(data: ImageData, recipe: Recipe, observer: Observer, *, seed: int = 0) -> Result:
     """Train as `recipe` says; the same seed, data and thread count give the same result.
 
@@ -103,9 +92,9 @@ def train(data: ImageData, recipe: Recipe, observer: Observer, *, seed: int = 0)
 def _train(data: ImageData, recipe: Recipe, observer: Observer) -> Result:
     task = _Task(data)
     dense = recipe.network(noise=False)
-    _Run("dense", dense, recipe.dense, _adam([{"params": list(dense.parameters())}])).over(task, observer)
+    _Run("dense", dense, recipe.dense, _adam(dense, recipe.dense)).over(task, observer)
     model = with_noise(dense, recipe)
-    optimizer = _adam(_parameter_groups(model, recipe.noise_factor))
+    optimizer = _adam(model, recipe.sbp, recipe.noise_factor)
     _Run("sbp", model, recipe.sbp, optimizer, recipe.kl_weights).over(task, observer)
     errors = [evaluate(m, task.test_images, task.test_labels) for m in (dense, model)]
     return Result(dense, model, errors[0], errors[1], kept_units(model), mac_ratio(model))
@@ -120,14 +109,10 @@ def with_noise(dense: Network, recipe: Recipe) -> Network:
     return model
 
 
-def _parameter_groups(model: nn.Module, noise_factor: float) -> list[dict[str, Any]]:
-    noise = [p for layer in noise_layers(model) for p in layer.parameters()]
-    known = {id(p) for p in noise}
-    weights = [p for p in model.parameters() if id(p) not in known]
-    return [{"params": weights}, {"params": noise, "factor": noise_factor}]
-
-
-def _adam(groups: list[dict[str, Any]]) -> torch.optim.Adam:
+def _adam(model: nn.Module, phase: Phase, noise_factor: float = 1.0) -> torch.optim.Adam:
+    groups = parameter_groups(model, phase.learning_rate, noise_factor=noise_factor)
+    for group in groups:
+        group["full_lr"] = group["lr"]
     return torch.optim.Adam(groups, betas=(0.95, 0.999))  # the authors' beta1
 
 
@@ -167,13 +152,13 @@ class _Run:
             observer.epoch(self._record(epoch, losses, task, time.perf_counter() - start))
 
     def _set_rate(self, progress: float) -> None:
-        rate = self.phase.learning_rate * min(1.0, (1 - progress) / (1 - self.phase.hold))
+        share = min(1.0, (1 - progress) / (1 - self.phase.hold))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("factor", 1.0)
+            group["lr"] = share * group["full_lr"]
 
     def _step(self, images: Tensor, labels: Tensor, examples: int) -> float:
-        loss = F.cross_entropy(self.model(images), labels)
-        loss = loss + weighted_kl(self.model, self.kl_weights) / examples
+        nll = F.cross_entropy(self.model(images), labels)
+        loss = elbo_loss(nll, self.model, examples, layer_weights=self.kl_weights)
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
         self.optimizer.step()

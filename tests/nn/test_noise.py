@@ -161,6 +161,43 @@ def test_the_mask_does_not_depend_on_the_dtype_of_the_parameters():
     assert all(torch.equal(mask, masks[0]) for mask in masks)
 
 
+def test_units_that_are_off_are_zero_in_both_modes_and_learn_nothing():
+    layer = layer_with([LIVE, (0.0, -5.0), LIVE])
+    whole = layer.kl()
+    layer.switch_off(torch.tensor([False, True, False]))
+    layer.switch_off(torch.tensor([False, False, True]))
+    assert layer.mask().tolist() == [True, False, False]
+    assert layer.kl() < whole
+    for mode in (True, False):
+        out = layer.train(mode)(torch.ones(4, 3))
+        assert (out[:, 0] > 0).all()
+        assert torch.equal(out[:, 1:], torch.zeros(4, 2))
+    layer.zero_grad()
+    (layer.train()(torch.ones(4, 3)).sum() + layer.kl()).backward()
+    for parameter in layer.parameters():
+        assert parameter.grad[0] != 0
+        assert parameter.grad[1:].tolist() == [0, 0]
+    layer.off = None
+    assert layer.mask().all()
+
+
+@pytest.mark.parametrize("units", [torch.ones(2, dtype=torch.bool), torch.ones(3)])
+def test_a_mask_that_does_not_fit_is_refused(units):
+    layer = LogNormalNoise(3)
+    with pytest.raises(NoiseArgumentError, match=r"`units` .* bool mask of shape \(3,\)"):
+        layer.switch_off(units)
+    assert layer.off is None
+
+
+def test_a_unit_that_is_off_draws_as_if_it_were_on():
+    layer, x = layer_with([LIVE] * 4), torch.ones(3, 4)
+    torch.manual_seed(2)
+    wanted = layer(x)
+    layer.switch_off(torch.tensor([False, True, False, False]))
+    torch.manual_seed(2)
+    assert torch.equal(layer(x)[:, [0, 2, 3]], wanted[:, [0, 2, 3]])
+
+
 def test_functions_walk_over_all_noise_layers_of_a_module_once():
     shared = layer_with([LIVE, DEAD])
     model = nn.Sequential(nn.Linear(2, 2), shared, nn.Sequential(shared, layer_with([DEAD] * 3)))

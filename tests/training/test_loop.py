@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sbp_compile.errors import UsageError
-from sbp_compile.nn import kl_divergence, noise_layers
+from sbp_compile.nn import noise_layers
 from sbp_compile.training import (
     LeNet500300,
     Phase,
@@ -14,7 +14,6 @@ from sbp_compile.training import (
     predict,
     recipe_for,
     train,
-    weighted_kl,
     with_noise,
 )
 
@@ -91,14 +90,6 @@ def test_the_noisy_network_starts_from_the_dense_weights():
     model = with_noise(dense, RECIPE)
     assert torch.equal(model.fc2.weight, dense.fc2.weight)
     assert all((layer.log_sigma == RECIPE.init_log_sigma).all() for layer in noise_layers(model))
-
-
-def test_kl_weights_of_one_give_the_divergence_and_others_scale_it():
-    model = LeNet500300((4, 3, 2))
-    torch.testing.assert_close(weighted_kl(model, (1, 1, 1)), kl_divergence(model))
-    torch.testing.assert_close(weighted_kl(model, (0, 0, 5)), 5 * noise_layers(model)[2].kl())
-    with pytest.raises(UsageError, match="must have 3 entries"):
-        weighted_kl(model, (1.0,))
 
 
 def test_error_is_a_percentage_and_evaluation_keeps_every_mode():
