@@ -8,6 +8,7 @@ A chain of multiplications, additions and the like by per-channel constants is o
   zero padding, no stride of a transposed convolution);
 - either way through what commutes with it: relu-like ops and max pooling for s >= 0, averages, sums over positions
   and resampling for any s, views and permutations with the channels renumbered, a shift alone into one addend;
+- the scale alone forward, x s + t = (x + t/s) s, where the shift has to stay in front of a relu;
 - otherwise the chain is left as one multiplication and one addition.
 
 Not covered: scales that vary along more than one axis, and splitting a scale over the operands of an add.
@@ -29,6 +30,9 @@ from passes.ir.rewriter import Rewriter
 from passes.rules.layer import SPATIAL_RANK, Contraction, describe, emit, is_contraction
 
 aten = torch.ops.aten
+
+LARGEST_SHIFT = 1e4
+"""Of t/s: float16 has to hold it, too."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,46 @@ def _decide(program: Program, base: fx.Node, chain: list[fx.Node], joint: Affine
     else:
         found = _push(program, tail, joint)
         if not found or edits.locked & (set(found[0]) | found[1]):
-            _merge(program, base, chain, joint, edits)
+            _split(program, base, chain, joint, edits)
             return
-        edits.consume.update(found[0])
-        edits.carries.update(dict.fromkeys(found[1] - set(found[0]), None))
-        edits.locked |= set(found[0]) | found[1] | {base}
+        _consume(*found, base, edits)
     edits.bypass[tail] = base
     edits.locked |= set(chain)
+
+
+def _consume(takers: dict[fx.Node, Affine], passed: set[fx.Node], base: fx.Node, edits: Edits) -> None:
+    edits.consume.update(takers)
+    edits.carries.update(dict.fromkeys(passed - set(takers), None))
+    edits.locked |= set(takers) | passed | {base}
+
+
+def _split(program: Program, base: fx.Node, chain: list[fx.Node], joint: Affine, edits: Edits) -> None:
+    """Send the scale forward alone, x s + t = (x + t/s) s; else leave the chain in its shortest form."""
+    parts = _scale_behind_shift(joint)
+    found = None if parts is None else _push(program, chain[0], parts[1])
+    if parts is None or not found or edits.locked & (set(found[0]) | found[1]):
+        _merge(program, base, chain, joint, edits)
+        return
+    _consume(*found, base, edits)
+    edits.merge[chain[0]] = (base, parts[0])
+    edits.carries[chain[0]] = None
+    edits.locked |= set(chain)
+
+
+def _scale_behind_shift(joint: Affine) -> tuple[Affine, Affine] | None:
+    """(shift, scale) that make the map in this order; None where there is none, or none that every dtype holds.
+
+    Where the scale is 0, and the shift with it, the value is 0 whatever is added: nothing is.
+    """
+    off = joint.scale == 0
+    if not joint.has_scale or not joint.has_shift or bool((off & (joint.shift != 0)).any()):
+        return None
+    shift = torch.where(off, 0.0, joint.shift / torch.where(off, 1.0, joint.scale))
+    if float(shift.abs().max()) > LARGEST_SHIFT:
+        return None
+    return Affine(joint.axis, torch.ones_like(shift), shift), Affine(
+        joint.axis, joint.scale, torch.zeros_like(shift)
+    )
 
 
 def _merge(program: Program, base: fx.Node, chain: list[fx.Node], joint: Affine, edits: Edits) -> None:
@@ -198,6 +235,8 @@ def _apply(program: Program, edits: Edits) -> Program:
             rewriter.env[node] = rewriter.value(edits.bypass[node])
         elif node in edits.merge:
             rewriter.env[node] = _emit_affine(program, rewriter, node, *edits.merge[node])
+            if node in edits.carries:
+                _carry(rewriter.env[node], edits.carries[node])
         elif node.op == "call_function":
             rewriter.env[node] = _emit_edited(program, rewriter, node, edits)
             if node in edits.carries:
