@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.markup import escape
 
+from sbp_compile.cli_output import add_output_options, output_options
 from sbp_compile.errors import CompileError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -70,7 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", type=Path, help="a file written by sbp_compile.save_model, or a .pt2 file")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="where to write: .onnx or .pt2"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="where to write; the suffix says what: .onnx, .pt2, .ts or .pt (TorchScript), .safetensors "
+        "(weights, and a readable .py beside them)",
     )
     parser.add_argument(
         "--fewest-macs",
@@ -84,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="T",
         help=f"whose fast widths to choose: {', '.join(TARGET_NAMES)} (cpu: this one; none: the fewest channels)",
     )
+    add_output_options(parser)
     proof = parser.add_argument_group("proof")
     proof.add_argument(
         "--inputs", type=Path, metavar="NPZ", help="verify on these inputs too: one array for each input name"
@@ -159,10 +168,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse before any work what cannot end well."""
-    from sbp_compile.compiler import SUFFIXES
-
-    if options.output.suffix not in SUFFIXES:
-        raise UsageError(f"output {options.output.name!r} must end in {' or '.join(SUFFIXES)}")
+    output_options(options).check(options.output)
     if options.time and options.output.suffix != ".onnx":
         raise UsageError(f"--time needs an .onnx output, not {options.output.name!r}")
     if options.time:
@@ -194,7 +200,7 @@ def _compile(options: argparse.Namespace, console: Console) -> Compiled:
             model, verify=not options.no_verify, input_file=options.inputs, pipeline=pipeline
         )
         status.update("writing and verifying")
-        compiled.save(options.output)
+        compiled.save(options.output, **dataclasses.asdict(output_options(options)))
     console.print(compiled.report)
     console.print(
         f"[bold]{escape(str(options.output))}[/bold]: {_proof(compiled)}", highlight=False, soft_wrap=True

@@ -17,29 +17,25 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from passes import Note, PassError, Pipeline, Program, Step, default_pipeline, this_cpu
-from sbp_compile.atomic import atomic_folder
 from sbp_compile.baseline import plain_architecture
 from sbp_compile.capture.call import Call, captured_call
 from sbp_compile.capture.export import DynamicBatch, evaluating, export_module, quiet_export
-from sbp_compile.capture.model_file import LoadedModel, save_program
+from sbp_compile.capture.model_file import LoadedModel
 from sbp_compile.capture.program import program_from_export
-from sbp_compile.emit.exported import exported_program
 from sbp_compile.emit.module import CompiledModule, compiled_module, emit_graph_module
 from sbp_compile.emit.onnx_file import onnx_model, save_onnx
+from sbp_compile.output_options import OutputOptions, option_names
 from sbp_compile.errors import InputError, UnsupportedModelError, UsageError
 from sbp_compile.report import Report, build_report
+from sbp_compile.save import save_verified
 from sbp_compile.verify import (
     Reference,
     Verification,
     make_reference,
     verify_capture,
-    verify_exported,
     verify_float64,
-    verify_onnx,
 )
 from sbp_compile.verify_inputs import check_inputs, load_inputs, random_inputs
-
-SUFFIXES = (".onnx", ".pt2")
 
 
 @dataclass
@@ -61,23 +57,19 @@ class Compiled:
     references: tuple[Reference, ...] = field(repr=False, default=())
     source_hash: str = ""
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, **options: Any) -> None:
         """Write the network; what was written is compared with the original before the file gets its name.
 
-        `.onnx` writes ONNX (weights beyond 2 GB go to a second file, `<name>.data`), `.pt2` an exported
-        program. Raises `UsageError` for another suffix, `OutputError` where the path cannot be written,
-        `VerificationError` where the file computes something else than the original; nothing is left behind.
+        The suffix says what: `.onnx`; `.pt2`, an exported program; `.ts` or `.pt`, TorchScript; `.safetensors`, the
+        weights, with a readable torch module beside them (`<name>.py`). `options`: those of
+        `sbp_compile.output_options.OutputOptions`. Raises `UsageError` for another suffix or an option that does not fit,
+        `OutputError` where the path cannot be written, `UnsupportedModelError` where the format cannot hold the
+        network, `VerificationError` where the file computes something else than the original; nothing is left behind.
         """
-        path = Path(path)
-        if path.suffix not in SUFFIXES:
-            raise UsageError(f"output {path.name!r} must end in {' or '.join(SUFFIXES)}")
         start = time.perf_counter()
-        if path.suffix == ".onnx":
-            with atomic_folder(path) as temporary:
-                self.write_onnx(temporary)
-                self._verify_onnx(temporary)
-        else:
-            self._save_exported(path)
+        proof = save_verified(self, Path(path), _output_options(options))
+        if proof is not None:
+            self._proven(file_error=proof.error, file_tolerance=proof.tolerance, runtimes=proof.runtimes)
         seconds = {**self.report.seconds, "emission": time.perf_counter() - start}
         self.report = dataclasses.replace(self.report, seconds=seconds)
 
@@ -95,23 +87,17 @@ class Compiled:
             "sbp_compile.macs": f"{self.report.after.macs} of {self.report.before.macs}",
         }
 
-    def _verify_onnx(self, path: Path) -> None:
-        if self.references:
-            error, tolerance, providers = verify_onnx(path, self.references, self.program, self.output_names)
-            self._proven(file_error=error, file_tolerance=tolerance, runtimes=providers)
-
-    def _save_exported(self, path: Path) -> None:
-        exported = exported_program(self.module, self.program, self.call)
-        if self.references:
-            error, tolerance = verify_exported(exported, self.call, self.references, self.output_names)
-            self._proven(file_error=error, file_tolerance=tolerance, runtimes=("torch",))
-        args, kwargs = self.call.nest_arguments(self.examples)
-        save_program(exported, args, kwargs, path)
-
     def _proven(self, **found: Any) -> None:
         assert self.report.verification is not None
         proof = dataclasses.replace(self.report.verification, **found)
         self.report = dataclasses.replace(self.report, verification=proof)
+
+
+def _output_options(options: Mapping[str, Any]) -> OutputOptions:
+    unknown = sorted(options.keys() - set(option_names()))
+    if unknown:
+        raise UsageError(f"save has no option {unknown[0]!r}; it has {', '.join(option_names())}")
+    return OutputOptions(**options)
 
 
 def version() -> str:

@@ -131,7 +131,7 @@ def test_the_version_is_printed_without_other_arguments(capsys: pytest.CaptureFi
         (["-o", "small.onnx", "--batch", "1,x"], "argument --batch: 'x' is not a positive whole number"),
         (["-o", "small.onnx", "--threads", "-1"], "argument --threads: '-1' is not a positive whole number"),
         (["-o", "small.onnx", "--fast"], "unrecognized arguments: --fast; --help lists the options"),
-        (["-o", "small.pb"], "output 'small.pb' must end in .onnx or .pt2"),
+        (["-o", "small.pb"], "output 'small.pb' must end in .onnx, .pt2, .ts, .pt or .safetensors"),
         (["-o", "small.pt2", "--time"], "--time needs an .onnx output, not 'small.pt2'"),
         (["-o", "small.onnx", "--json", "small.onnx"], "--json 'small.onnx' is the output itself"),
     ],
@@ -346,8 +346,8 @@ def test_a_file_that_disagrees_is_not_written(
 ) -> None:
     emit = onnx_file.emit_graph_module
 
-    def emit_wrongly(program: Program) -> Any:
-        module = emit(program)
+    def emit_wrongly(program: Program, *options: Any) -> Any:
+        module = emit(program, *options)
         with torch.no_grad():
             module.get_parameter("second_bias").add_(1.0)
         return module
@@ -399,10 +399,10 @@ def test_a_folder_without_permission_is_named(
 def test_a_full_disk_leaves_the_old_file(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(*_args: object) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sbp_compile.compiler.save_onnx", refuse)
+    monkeypatch.setattr("sbp_compile.save.save_onnx", refuse)
     (tmp_path / "small.onnx").write_bytes(b"old")
     line = fails(capsys, 7, model_file, "-o", tmp_path / "small.onnx")
     assert line.endswith("no space left on device")
@@ -416,10 +416,10 @@ def test_a_full_disk_leaves_the_old_file(
 def test_an_interrupt_leaves_nothing(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*_args: object) -> None:
+    def interrupt(*_args: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sbp_compile.compiler.save_onnx", interrupt)
+    monkeypatch.setattr("sbp_compile.save.save_onnx", interrupt)
     assert "interrupted; nothing was written" in fails(capsys, 130, model_file, "-o", tmp_path / "small.onnx")
     assert not names(tmp_path)
 
@@ -427,10 +427,10 @@ def test_an_interrupt_leaves_nothing(
 def test_an_error_of_the_compiler_is_one_line_too(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def break_down(*_args: object) -> None:
+    def break_down(*_args: object, **_options: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("sbp_compile.compiler.save_onnx", break_down)
+    monkeypatch.setattr("sbp_compile.save.save_onnx", break_down)
     line = fails(capsys, 1, model_file, "-o", tmp_path / "small.onnx")
     assert "ZeroDivisionError: division by zero (a bug of the compiler: please report it" in line
     with pytest.raises(ZeroDivisionError):
