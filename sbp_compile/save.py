@@ -18,9 +18,11 @@ from sbp_compile.emit.exported import exported_program
 from sbp_compile.emit.half import with_half_interface
 from sbp_compile.emit.module import CompiledModule, compiled_module, emit_graph_module
 from sbp_compile.emit.onnx_file import external_data_pattern, onnx_model, save_onnx
-from sbp_compile.output_options import EXPORTED, ONNX, OutputOptions
+from sbp_compile.emit.torchscript import TracedCall, load_torchscript, refuse_frozen_sizes, torchscript_bytes
+from sbp_compile.output_options import EXPORTED, ONNX, TORCHSCRIPT, OutputOptions
 from sbp_compile.verify import Reference, verify_module, verify_onnx
 from sbp_compile.verify_half import ROUNDED_TO_HALF, half_references, verify_half_arithmetic
+from sbp_compile.verify_inputs import random_inputs
 
 if TYPE_CHECKING:
     from sbp_compile.compiler import Compiled
@@ -107,6 +109,14 @@ def _write_exported(output: _Output, path: Path) -> FileProof | None:
     return proof
 
 
+def _write_torchscript(output: _Output, path: Path) -> FileProof | None:
+    network, traced = output.module.network, TracedCall.of(output.call, output.examples)
+    path.write_bytes(torchscript_bytes(network, traced, output.examples))
+    script = load_torchscript(path)
+    refuse_frozen_sizes(script, network, traced, random_inputs(output.program, output.examples))
+    return _proven_in_torch(output, lambda *args, **kwargs: script(*traced.arguments(*args, **kwargs)))
+
+
 def _proven_in_torch(output: _Output, module: Callable[..., object]) -> FileProof | None:
     if not output.references:
         return None
@@ -118,4 +128,5 @@ def _proven_in_torch(output: _Output, module: Callable[..., object]) -> FileProo
 _WRITERS: Mapping[str, Callable[[_Output, Path], FileProof | None]] = {
     ONNX: _write_onnx,
     EXPORTED: _write_exported,
+    **dict.fromkeys(TORCHSCRIPT, _write_torchscript),
 }
