@@ -24,8 +24,8 @@ from sbp_compile.capture.model_file import LoadedModel
 from sbp_compile.capture.program import program_from_export
 from sbp_compile.emit.module import CompiledModule, compiled_module, emit_graph_module
 from sbp_compile.emit.onnx_file import onnx_model, save_onnx
-from sbp_compile.output_options import OutputOptions, option_names
 from sbp_compile.errors import InputError, UnsupportedModelError, UsageError
+from sbp_compile.output_options import OutputOptions, option_names
 from sbp_compile.report import Report, build_report
 from sbp_compile.save import save_verified
 from sbp_compile.verify import (
@@ -62,9 +62,11 @@ class Compiled:
 
         The suffix says what: `.onnx`; `.pt2`, an exported program; `.ts` or `.pt`, TorchScript; `.safetensors`, the
         weights, with a readable torch module beside them (`<name>.py`). `options`: those of
-        `sbp_compile.output_options.OutputOptions`. Raises `UsageError` for another suffix or an option that does not fit,
-        `OutputError` where the path cannot be written, `UnsupportedModelError` where the format cannot hold the
-        network, `VerificationError` where the file computes something else than the original; nothing is left behind.
+        `sbp_compile.output_options.OutputOptions`.
+
+        Raises `UsageError` for another suffix or an option that does not fit, `OutputError` where the path cannot be written,
+        `UnsupportedModelError` where the format cannot hold the network, `VerificationError` where the file computes something
+        else than the original; nothing is left behind.
         """
         start = time.perf_counter()
         proof = save_verified(self, Path(path), _output_options(options))

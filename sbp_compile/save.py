@@ -18,14 +18,18 @@ from sbp_compile.emit.exported import exported_program
 from sbp_compile.emit.half import with_half_interface
 from sbp_compile.emit.module import CompiledModule, compiled_module, emit_graph_module
 from sbp_compile.emit.onnx_file import external_data_pattern, onnx_model, save_onnx
+from sbp_compile.emit.source_file import is_unchanged, load_source, network_source
 from sbp_compile.emit.torchscript import TracedCall, load_torchscript, refuse_frozen_sizes, torchscript_bytes
-from sbp_compile.output_options import EXPORTED, ONNX, TORCHSCRIPT, OutputOptions
+from sbp_compile.emit.weights import load_weights, save_weights
+from sbp_compile.errors import OutputError
+from sbp_compile.output_options import EXPORTED, ONNX, TORCHSCRIPT, WEIGHTS, OutputOptions
 from sbp_compile.verify import Reference, verify_module, verify_onnx
 from sbp_compile.verify_half import ROUNDED_TO_HALF, half_references, verify_half_arithmetic
 from sbp_compile.verify_inputs import random_inputs
 
 if TYPE_CHECKING:
     from sbp_compile.compiler import Compiled
+
 
 @dataclass(frozen=True)
 class FileProof:
@@ -63,9 +67,22 @@ def save_verified(compiled: Compiled, path: Path, options: OutputOptions) -> Fil
     """
     options.check(path)
     output = _output(compiled, options)
+    refuse_to_overwrite(path)
     stale = external_data_pattern(path.name) if path.suffix == ONNX else ""
-    with atomic_folder(path, stale=stale) as temporary:
+    with atomic_folder(path, stale=stale, check=lambda: refuse_to_overwrite(path)) as temporary:
         return _WRITERS[path.suffix](output, temporary)
+
+
+def refuse_to_overwrite(path: Path) -> None:
+    """Raise `OutputError` where a file would go that is not ours alone: Python source beside weights."""
+    source = path.with_suffix(".py")
+    if path.suffix != WEIGHTS or not source.exists():
+        return
+    if not source.is_file() or not is_unchanged(source.read_text(encoding="utf-8", errors="replace")):
+        raise OutputError(
+            f"cannot write {str(source)!r} beside {path.name!r}: there is such a file that sbp_compile did not "
+            "write, or that was changed since; give the output another name"
+        )
 
 
 def _output(compiled: Compiled, options: OutputOptions) -> _Output:
@@ -117,6 +134,16 @@ def _write_torchscript(output: _Output, path: Path) -> FileProof | None:
     return _proven_in_torch(output, lambda *args, **kwargs: script(*traced.arguments(*args, **kwargs)))
 
 
+def _write_source(output: _Output, path: Path) -> FileProof | None:
+    modules = {node.name: node.meta["module"] for node in output.program.graph.nodes if "module" in node.meta}
+    ranks = {node.name: info.rank for node, info in output.program.infos.items()}
+    source = network_source(output.module.network, output.call, modules, ranks, path.stem)
+    python = path.with_suffix(".py")
+    python.write_text(source.text, encoding="utf-8", newline="\n")
+    save_weights(source.tensors, path, output.metadata)
+    return _proven_in_torch(output, load_source(python, load_weights(path)))
+
+
 def _proven_in_torch(output: _Output, module: Callable[..., object]) -> FileProof | None:
     if not output.references:
         return None
@@ -129,4 +156,5 @@ _WRITERS: Mapping[str, Callable[[_Output, Path], FileProof | None]] = {
     ONNX: _write_onnx,
     EXPORTED: _write_exported,
     **dict.fromkeys(TORCHSCRIPT, _write_torchscript),
+    WEIGHTS: _write_source,
 }

@@ -232,7 +232,8 @@ def verify_onnx(
 ) -> tuple[float, float, tuple[str, ...]]:
     """Return (largest error, its tolerance, providers) of a file in onnxruntime.
 
-    `cause`: where the values part, for the message (None: it is looked for). On the CPU, and on CUDA (TF32 off) where its provider is there. `VerificationError` outside the tolerance.
+    `cause`: where the values part, for the message (None: it is looked for).
+    On the CPU, and on CUDA (TF32 off) where its provider is there. `VerificationError` outside the tolerance.
     """
     providers = ["CPUExecutionProvider"]
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,11 +75,11 @@ def run_in_half(program: Program, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
                 value = schema.call(node, env.__getitem__)
             else:
                 value = feeds[str(node.target)] if node.op == "placeholder" else program.constant(node)
-            env[node] = fx.node.map_aggregate(value, lambda item, at=node: _rounded(item, at))
+            env[node] = fx.node.map_aggregate(value, functools.partial(_rounded, node))
     raise AssertionError("a graph ends with its output")
 
 
-def _rounded(value: Any, node: fx.Node) -> Any:
+def _rounded(node: fx.Node, value: Any) -> Any:
     """Return a value as float16 would hold it, in float64."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value

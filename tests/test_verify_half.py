@@ -170,8 +170,6 @@ def test_options_of_onnx_files_are_refused_for_others(
         images[1].save(tmp_path / "small.pt2", **{option: 18})
 
 
-def test_an_unknown_option_is_named(
-    images: tuple[nn.Module, sbp_compile.Compiled], tmp_path: Path
-) -> None:
+def test_an_unknown_option_is_named(images: tuple[nn.Module, sbp_compile.Compiled], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="save has no option 'half'; it has opset, external_data, fp16"):
         images[1].save(tmp_path / "small.onnx", half=True)

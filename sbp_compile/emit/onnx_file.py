@@ -22,8 +22,8 @@ from passes.ir.analysis import size_source
 from passes.ir.program import Input, Program, TensorInfo
 from sbp_compile.capture.export import quiet_export
 from sbp_compile.emit.module import emit_graph_module
-from sbp_compile.output_options import OPSET
 from sbp_compile.errors import UnsupportedModelError, UsageError
+from sbp_compile.output_options import OPSET
 
 LARGEST_EMBEDDED = 2_000_000_000
 _LARGEST_READ_BY_INFERENCE = 1024

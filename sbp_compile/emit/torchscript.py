@@ -63,7 +63,7 @@ def torchscript_bytes(network: fx.GraphModule, traced: TracedCall, examples: Seq
     buffer = io.BytesIO()
     try:
         with torch.no_grad(), _quiet_torchscript():
-            script = torch.jit.trace(
+            script = torch.jit.trace(  # type: ignore[no-untyped-call]  # as torch leaves it
                 module, traced.arguments(*args, **kwargs), strict=False, check_trace=False
             )
             torch.jit.save(torch.jit.freeze(script.eval()), buffer)
@@ -78,7 +78,7 @@ def torchscript_bytes(network: fx.GraphModule, traced: TracedCall, examples: Seq
 def load_torchscript(path: Path) -> torch.jit.ScriptModule:
     """Return the module of an archive that was just written."""
     with _quiet_torchscript(), path.open("rb") as file:
-        module: torch.jit.ScriptModule = torch.jit.load(file, map_location="cpu")
+        module: torch.jit.ScriptModule = torch.jit.load(file, map_location="cpu")  # type: ignore[no-untyped-call]
     return module
 
 
@@ -176,6 +176,6 @@ def _python_function(target: Any) -> Callable[..., Any]:
 def _quiet_torchscript() -> Iterator[None]:
     """Silence torch's notes that TorchScript is old and that a trace fixes what does not depend on tensors."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]  # documented as this
         warnings.filterwarnings("ignore", message=r".*torch\.jit", category=DeprecationWarning)
         yield

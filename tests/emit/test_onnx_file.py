@@ -194,9 +194,7 @@ def test_the_same_network_gives_the_same_bytes_twice(external: bool, tmp_path: P
     for folder in (tmp_path / "one", tmp_path / "two"):
         torch.manual_seed(0)
         folder.mkdir()
-        sbp_compile.compile(Large(), torch.randn(4, 32)).save(
-            folder / "small.onnx", external_data=external
-        )
+        sbp_compile.compile(Large(), torch.randn(4, 32)).save(folder / "small.onnx", external_data=external)
         found.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert found[0] == found[1]
     assert len(found[0]) == 1 + external

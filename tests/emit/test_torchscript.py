@@ -38,7 +38,11 @@ def test_it_is_frozen_and_holds_the_small_network(tmp_path: Path) -> None:
     torch.manual_seed(0)
     script = saved(Masked().eval(), tmp_path / "small.ts", torch.randn(4, 6))
     assert not list(script.parameters())
-    weights = [node.t("value").shape for node in script.graph.findAllNodes("prim::Constant") if node.kindOf("value") == "t"]
+    weights = [
+        node.t("value").shape
+        for node in script.graph.findAllNodes("prim::Constant")
+        if node.kindOf("value") == "t"
+    ]
     assert (4, 6) in weights
     assert (8, 6) not in weights
 
@@ -149,7 +153,7 @@ def test_a_file_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytes
     compiled = sbp_compile.compile(Masked().eval(), torch.randn(4, 6))
     with torch.no_grad():
         compiled.module.network.get_parameter("second_bias").add_(1.0)
-    with pytest.raises(VerificationError, match="output 'output_0' differs by .* in torch"):
+    with pytest.raises(VerificationError, match=r"output 'output_0' differs by .* in torch"):
         compiled.save(tmp_path / "small.ts")
     assert not list(tmp_path.iterdir())
 
