@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.markup import escape
 
-from sbp_compile.cli_output import add_output_options, output_options
+from sbp_compile.cli_output import add_output_options, output_options, written_paths
 from sbp_compile.errors import CompileError, OutputError, UsageError
+from sbp_compile.output_options import WEIGHTS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -159,6 +160,8 @@ def run(options: argparse.Namespace) -> None:
     with _one_line_warnings():
         compiled = _compile(options, console)
         timings = _time(options, compiled, console) if options.time else []
+    if options.recipe is not None:
+        compiled.recipe().save(options.recipe)
     if options.json is not None:
         from sbp_compile.atomic import write_atomically
 
@@ -175,29 +178,40 @@ def _check(options: argparse.Namespace) -> None:
         from sbp_compile.timing import require_provider
 
         require_provider(options.provider)
-    written = [options.output] if options.json is None else [options.output, options.json]
-    for path in written:
+    taken = {options.model.resolve(): "the model"}
+    if options.apply is not None:
+        taken[options.apply.resolve()] = "the recipe to apply"
+    for path in written_paths(options):
         _check_output(path)
-        if path.resolve() == options.model.resolve():
-            raise UsageError(f"{str(path)!r} is the model itself; give the output another name")
-    if len({path.resolve() for path in written}) < len(written):
-        raise UsageError(f"--json {str(options.json)!r} is the output itself; give it another name")
+        if path.resolve() in taken:
+            raise UsageError(f"{str(path)!r} is {taken[path.resolve()]} itself; give the output another name")
+        taken[path.resolve()] = "another output"
+    if options.output.suffix == WEIGHTS:
+        from sbp_compile.save import refuse_to_overwrite
+
+        refuse_to_overwrite(options.output)
 
 
 def _compile(options: argparse.Namespace, console: Console) -> Compiled:
     from passes import TARGETS, FewestMacs, default_pipeline, this_cpu
     from sbp_compile.capture.model_file import load_model
     from sbp_compile.compiler import compile_file
+    from sbp_compile.recipe import load_recipe
 
     pipeline = None
     if options.fewest_macs or options.target != "cpu":
         target = this_cpu() if options.target == "cpu" else TARGETS[options.target]
         pipeline = default_pipeline(FewestMacs() if options.fewest_macs else None, target)
+    recipe = None if options.apply is None else load_recipe(options.apply)
     with console.status("reading the model") as status:
         model = load_model(options.model)
         status.update("compiling")
         compiled = compile_file(
-            model, verify=not options.no_verify, input_file=options.inputs, pipeline=pipeline
+            model,
+            verify=not options.no_verify,
+            input_file=options.inputs,
+            pipeline=pipeline,
+            recipe=recipe,
         )
         status.update("writing and verifying")
         compiled.save(options.output, **dataclasses.asdict(output_options(options)))

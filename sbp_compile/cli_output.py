@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from sbp_compile.output_options import OutputOptions, option_names
+from sbp_compile.output_options import WEIGHTS, OutputOptions, option_names
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -24,11 +25,27 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fp16-io", action="store_true", help="with --fp16: inputs and outputs in half precision, too"
     )
+    recipes = parser.add_argument_group("recipes (docs/recipes.md)")
+    recipes.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="write which channels were kept and removed, and why"
+    )
+    recipes.add_argument(
+        "--apply",
+        type=Path,
+        metavar="FILE",
+        help="put the masks of a recipe into this checkpoint of the same architecture first",
+    )
 
 
 def output_options(options: argparse.Namespace) -> OutputOptions:
     """Return what was asked of the output file."""
     return OutputOptions(**{name: getattr(options, name) for name in option_names()})
+
+
+def written_paths(options: argparse.Namespace) -> list[Path]:
+    """Return every file that a run writes, the network first."""
+    beside = [options.output.with_suffix(".py")] if options.output.suffix == WEIGHTS else []
+    return [options.output, *beside, *(path for path in (options.json, options.recipe) if path is not None)]
 
 
 def _opset(text: str) -> int:

@@ -26,6 +26,8 @@ from sbp_compile.emit.module import CompiledModule, compiled_module, emit_graph_
 from sbp_compile.emit.onnx_file import onnx_model, save_onnx
 from sbp_compile.errors import InputError, UnsupportedModelError, UsageError
 from sbp_compile.output_options import OutputOptions, option_names
+from sbp_compile.recipe import Recipe
+from sbp_compile.recipe_layers import LayerRecipe, layer_recipes
 from sbp_compile.report import Report, build_report
 from sbp_compile.save import save_verified
 from sbp_compile.verify import (
@@ -56,6 +58,12 @@ class Compiled:
     output_names: tuple[str | None, ...]
     references: tuple[Reference, ...] = field(repr=False, default=())
     source_hash: str = ""
+    layers: tuple[LayerRecipe, ...] = field(repr=False, default=())
+    applied: Recipe | None = field(repr=False, default=None)
+
+    def recipe(self) -> Recipe:
+        """Return what was removed and why, in a form that another checkpoint can be compiled by."""
+        return Recipe.of(self.original, self.layers, self.applied)
 
     def save(self, path: str | Path, **options: Any) -> None:
         """Write the network; what was written is compared with the original before the file gets its name.
@@ -64,9 +72,9 @@ class Compiled:
         weights, with a readable torch module beside them (`<name>.py`). `options`: those of
         `sbp_compile.output_options.OutputOptions`.
 
-        Raises `UsageError` for another suffix or an option that does not fit, `OutputError` where the path cannot be written,
-        `UnsupportedModelError` where the format cannot hold the network, `VerificationError` where the file computes something
-        else than the original; nothing is left behind.
+        Raises `UsageError` for another suffix or an option that does not fit, `OutputError` where the path cannot be
+        written, `UnsupportedModelError` where the format cannot hold the network, `VerificationError` where the file
+        computes something else than the original; nothing is left behind.
         """
         start = time.perf_counter()
         proof = save_verified(self, Path(path), _output_options(options))
@@ -120,6 +128,7 @@ def compile(  # noqa: A001  # the public name; torch.compile and re.compile have
     verify: bool = True,
     inputs: Sequence[tuple[Tensor, ...]] = (),
     pipeline: Pipeline | None = None,
+    recipe: Recipe | None = None,
 ) -> Compiled:
     """Return the small network that computes what `module` computes in eval mode.
 
@@ -128,6 +137,7 @@ def compile(  # noqa: A001  # the public name; torch.compile and re.compile have
     with the original now and at each save. `inputs`: further inputs to verify on (one tuple of tensors each,
     in the order of the network's inputs). `pipeline`: the passes, those for this processor if not given
     (`passes.default_pipeline(target=passes.this_cpu())`).
+    `recipe`: masks of another checkpoint to put into this one; the function is then that of the masked module.
 
     The module is left as it was, and shares no memory with the result. Raises `UsageError`, `InputError`,
     `UnsupportedModelError` or `VerificationError`.
@@ -146,7 +156,15 @@ def compile(  # noqa: A001  # the public name; torch.compile and re.compile have
             return module(*args, **kwargs)
 
     return compile_exported(
-        exported, call, tensors, verify=verify, inputs=inputs, pipeline=pipeline, seconds=times, own=as_given
+        exported,
+        call,
+        tensors,
+        verify=verify,
+        inputs=inputs,
+        pipeline=pipeline,
+        seconds=times,
+        own=as_given,
+        recipe=recipe,
     )
 
 
@@ -178,15 +196,19 @@ def compile_exported(
     pipeline: Pipeline | None = None,
     seconds: Mapping[str, float] | None = None,
     own: Callable[..., Any] | None = None,
+    recipe: Recipe | None = None,
 ) -> Compiled:
     """Do the same for an exported program, the call it was captured with and example tensors.
 
     `input_file`: an .npz with further inputs to verify on. `own`: the network as the user runs it, to compare with; the
-    exported program itself if there is nothing else.
+    exported program itself if there is nothing else. `recipe`: see `compile`.
     """
     times = dict(seconds or {})
     with _timed(times, "capture"):
         original = program_from_export(exported)
+        if recipe is not None:
+            original = recipe.apply(original)
+            own = compiled_module(emit_graph_module(original), call)
     feeds = [check_inputs(original, feed) for feed in (examples, *inputs)]
     if input_file is not None:
         feeds.append(load_inputs(input_file, original))
@@ -204,7 +226,8 @@ def compile_exported(
             verify_capture(references)
             error = verify_float64(original, small, references)
             proof = Verification(error, sum(_batch(entry.inputs) for entry in references))
-    notes = (*_batch_notes(original), *notes)
+    layers = layer_recipes(original, small, steps)
+    notes = (*_batch_notes(original), *notes, *(recipe.notes(layers) if recipe else ()))
     report = build_report(dense, small, steps, notes, verification=proof, seconds=times)
     return Compiled(
         compiled_module(emit_graph_module(small), call),
@@ -217,6 +240,8 @@ def compile_exported(
         _output_names(original, call),
         references,
         _hash(original),
+        layers,
+        recipe,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,50 @@ def test_a_model_becomes_an_onnx_file(
 def test_an_exported_program_is_written_under_pt2(model_file: Path, tmp_path: Path) -> None:
     assert main([str(model_file), "-o", str(tmp_path / "small.pt2"), "-q"]) == 0
     assert sbp_compile.load_model(tmp_path / "small.pt2").example_inputs is not None
+
+
+def test_every_kind_of_file_is_written_in_half_precision(model_file: Path, tmp_path: Path) -> None:
+    for suffix in (".onnx", ".pt2", ".ts", ".pt", ".safetensors"):
+        assert main([str(model_file), "-o", str(tmp_path / f"small{suffix}"), "-q", "--fp16"]) == 0
+    wanted = ["small.onnx", "small.pt", "small.pt2", "small.py", "small.safetensors", "small.ts"]
+    assert names(tmp_path) == wanted
+
+
+def test_the_opset_and_separate_weights_are_passed_on(model_file: Path, tmp_path: Path) -> None:
+    options = ["--opset", "18", "--external-data", "-q"]
+    assert main([str(model_file), "-o", str(tmp_path / "small.onnx"), *options]) == 0
+    model = onnx.load(tmp_path / "small.onnx")
+    assert [entry.version for entry in model.opset_import] == [18]
+
+
+def test_a_recipe_goes_from_one_checkpoint_to_another(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.json"
+    assert main([str(model_file), "-o", str(tmp_path / "one.onnx"), "-q", "--recipe", str(recipe)]) == 0
+    first, second = json.loads(recipe.read_text())["layers"]
+    assert (first["name"], first["kept"], first["constant"]) == ("first", "0,2-3,5", "1,4,6-7")
+    assert (second["name"], second["kept"]) == ("second", "0-2")
+    torch.manual_seed(1)
+    other = Masked().eval()
+    other.mask = torch.ones(8)
+    sbp_compile.save_model(other, torch.randn(4, 6), tmp_path / "other.pt")
+    arguments = [tmp_path / "other.pt", "-o", tmp_path / "two.onnx", "--apply", recipe]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert "recipe: 1 masks of the recipe were applied" in capsys.readouterr().out
+    other.mask = (Masked().mask != 0).float()
+    x = torch.randn(3, 6)
+    assert_close(other(x).detach(), run_onnx(tmp_path / "two.onnx", x)[0])
+
+
+def test_source_of_the_users_is_not_overwritten_and_said_so_before_any_work(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.py").write_text("mine")
+    monkeypatch.setattr("sbp_compile.capture.model_file.load_model", None)
+    line = fails(capsys, 7, model_file, "-o", tmp_path / "small.safetensors")
+    assert "small.py' beside 'small.safetensors': there is such a file that sbp_compile did not write" in line
+    assert (tmp_path / "small.py").read_text() == "mine"
 
 
 def test_quiet_prints_nothing(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,8 +177,19 @@ def test_the_version_is_printed_without_other_arguments(capsys: pytest.CaptureFi
         (["-o", "small.onnx", "--threads", "-1"], "argument --threads: '-1' is not a positive whole number"),
         (["-o", "small.onnx", "--fast"], "unrecognized arguments: --fast; --help lists the options"),
         (["-o", "small.pb"], "output 'small.pb' must end in .onnx, .pt2, .ts, .pt or .safetensors"),
+        (["-o", "small.safetensors", "--json", "small.py"], "'small.py' is another output itself; give the"),
+        (["-o", "small.onnx", "--recipe", "small.onnx"], "'small.onnx' is another output itself; give the"),
+        (["-o", "small.onnx", "--opset", "x"], "argument --opset: 'x' is not the number of an opset"),
+        (["-o", "small.pt2", "--opset", "18"], "--opset is for .onnx outputs, not for 'small.pt2'"),
+        (["-o", "small.ts", "--external-data"], "--external-data is for .onnx outputs, not for 'small.ts'"),
+        (["-o", "small.onnx", "--fp16-io"], "fp16_io needs fp16"),
+        (["-o", "small.onnx", "--opset", "9"], "opset 9 cannot express this network"),
+        (
+            ["-o", "small.onnx", "--apply", "no.json"],
+            "cannot read recipe 'no.json': no such file or directory",
+        ),
         (["-o", "small.pt2", "--time"], "--time needs an .onnx output, not 'small.pt2'"),
-        (["-o", "small.onnx", "--json", "small.onnx"], "--json 'small.onnx' is the output itself"),
+        (["-o", "small.onnx", "--json", "small.onnx"], "'small.onnx' is another output itself; give the"),
     ],
 )
 def test_bad_options_are_named(
