@@ -88,7 +88,7 @@ class _Track:
     def follow(self, step: Step, before: fx.Node, after: fx.Node) -> None:
         """Take one pass into account: what the analysis says, what was cut, what changed places."""
         assert self.numbers is not None
-        axis = _channel_axis(step.before, before)
+        axis = self._axis(step.before, before)
         if step.name == "analyze_channels" and step.after.analysis is not None:
             self._read(step.after.analysis, after.name, axis)
         elif step.name == "shrink_channels" and step.before.analysis is not None:
@@ -98,6 +98,11 @@ class _Track:
             self.numbers = None if places is None else self.numbers[places]
         if self.numbers is not None and len(self.numbers) != step.after.infos[after].sizes[axis]:
             self.numbers = None
+
+    def _axis(self, program: Program, node: fx.Node) -> int:
+        """Return the channel axis of the value: the layer's own, or what was added to it under its name."""
+        target: Any = self.node.target
+        return program.infos[node].rank - 1 - SPATIAL_RANK[target]
 
     def _read(self, analysis: Analysis, name: str, axis: int) -> None:
         assert self.numbers is not None
@@ -119,20 +124,18 @@ class _Track:
             str(self.node.target).removeprefix("aten."),
             self.channels,
             None if numbers is None else tuple(numbers.tolist()),
-            0 if left is None else small.infos[left].sizes[_channel_axis(small, left)],
+            0 if left is None else small.infos[left].sizes[self._axis(small, left)],
             tuple(sorted(constant)),
             tuple(sorted(set(range(self.channels)) - stay - constant)),
             tuple((why, tuple(sorted(those & stay))) for why, those in self.reasons.items() if those & stay),
         )
 
 
-def _channel_axis(program: Program, node: fx.Node) -> int:
-    target: Any = node.target
-    return program.infos[node].rank - 1 - SPATIAL_RANK.get(target, 0)
-
-
 def _rows(program: Program, node: fx.Node) -> list[bytes] | None:
     """Return something for each output channel that only a change of its own weights changes, not their order."""
+    first = node.args[0] if node.args else None
+    if node.target not in SPATIAL_RANK and isinstance(first, fx.Node):  # a constant map that was added to it
+        node = first
     bound = schema.bind(node) if node.target in SPATIAL_RANK else {}
     weight, bias = program.constant(bound.get("weight")), program.constant(bound.get("bias"))
     if weight is None:
