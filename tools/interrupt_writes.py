@@ -5,9 +5,9 @@
 Each run starts `python -m sbp_compile` onto a name that already holds a file, and ends it with SIGKILL (kill), SIGINT
 (interrupt, Ctrl-C) or SIGTERM (terminate) after a random time, most of them while files are written; or starts two at
 once (race); or writes to a disk that is too small for the file (full), or to a folder that is mounted read-only.
-Afterwards the name must hold the old file, intact, or a new one that is complete and loads; after everything but SIGKILL
-nothing else may lie beside it. Exit code 1 if that was ever otherwise. `full` and `read-only` mount a file system of
-their own in a user namespace, and are left out where the system allows none.
+Afterwards the name must hold the old file, intact, or a new one that is complete and loads; after everything but
+SIGKILL nothing else may lie beside it. Exit code 1 if that was ever otherwise. `full` and `read-only` mount a file
+system of their own in a user namespace, and are left out where the system allows none.
 """
 
 from __future__ import annotations
