@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Turns a network trained with Structured Bayesian Pruning (or masked by any other method) into the small
-dense network that is left: the same function, the same inputs and outputs, written as an ONNX file.
+dense network that is left: the same function, the same inputs and outputs, written as an ONNX file (or .pt2,
+TorchScript, or weights with readable source).
 
 Channels that are switched off or constant are removed together with everything that depended on them;
 what they contributed goes into the weights that stay. Before the file gets its name it is compared with
-the original, in float64 and in onnxruntime. If the two disagree, nothing is written."""
+the original, in float64 and as it was written. If the two disagree, nothing is written."""
 
 EPILOG = """\
 examples:
@@ -51,7 +52,8 @@ exit codes:
   5  the model cannot be compiled exactly
   6  the small network disagrees with the original: nothing was written
   7  the output cannot be written
-  130  interrupted"""
+  130  interrupted
+  143  ended by SIGTERM"""
 
 
 # Written out, since the passes take a second to import; a test compares.

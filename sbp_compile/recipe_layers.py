@@ -89,7 +89,7 @@ class _Track:
         """Take one pass into account: what the analysis says, what was cut, what changed places."""
         assert self.numbers is not None
         axis = self._axis(step.before, before)
-        if step.name == "analyze_channels" and step.after.analysis is not None:
+        if step.after.analysis is not None:
             self._read(step.after.analysis, after.name, axis)
         elif step.name == "shrink_channels" and step.before.analysis is not None:
             self.numbers = self.numbers[step.before.analysis.keep.get(before, axis)]

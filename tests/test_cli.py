@@ -156,7 +156,7 @@ def test_help_names_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for code in (0, 1, 2, 3, 4, 5, 6, 7, 130):
+    for code in (0, 1, 2, 3, 4, 5, 6, 7, 130, 143):
         assert f"\n  {code}  " in text
 
 
