@@ -176,10 +176,7 @@ def run(kind: str, name: str, bench: Bench, random_source: random.Random, folder
             (folder / path.name).write_bytes(path.read_bytes())
     processes = [start(bench.model, folder / name) for _ in range(2 if kind == "race" else 1)]
     if kind in SIGNALS:
-        first, whole = bench.seconds[name]
-        begin = 0.0 if random_source.random() < 0.2 else first * 0.9
-        with suppress(subprocess.TimeoutExpired):
-            processes[0].wait(random_source.uniform(begin, whole * 1.05))
+        wait(processes[0], folder, bench.seconds[name], random_source)
         processes[0].send_signal(SIGNALS[kind])
     codes = []
     for process in processes:
@@ -191,6 +188,20 @@ def run(kind: str, name: str, bench: Bench, random_source: random.Random, folder
     if wrong:
         return "", f"exit code {wrong[0]}"
     return outcome(folder, bench, name), fault(folder, bench, name, kind)
+
+
+def wait(
+    process: subprocess.Popen[bytes], folder: Path, seconds: tuple[float, float], random_source: random.Random
+) -> None:
+    """Wait to a random moment of a run: in four of five cases one after the first temporary file appeared."""
+    first, whole = seconds
+    delay = random_source.uniform(0, whole)
+    if random_source.random() < 0.8:
+        while process.poll() is None and not any(path.name.startswith(".") for path in folder.iterdir()):
+            time.sleep(0.002)
+        delay = random_source.uniform(0, (whole - first) * 1.1)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(delay)
 
 
 def mounted(kind: str, name: str, bench: Bench, folder: Path) -> tuple[str, str]:
