@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from passes.ir import schema
 from sbp_compile.capture.call import Call
 from sbp_compile.errors import UnsupportedModelError
 
@@ -159,7 +160,7 @@ class TrackingSizes(fx.Interpreter):
             return args[0].size(args[1])
         if self._sizes.isdisjoint(n.all_input_nodes):
             return super().run_node(n)
-        if not isinstance(n.target, torch._ops.OpOverload):
+        if not schema.is_overload(n.target):
             self._sizes.add(n)
             return super().run_node(n)
         return _python_function(n.target)(*args, **kwargs)
