@@ -278,6 +278,8 @@ def page(rows: Sequence[str], options: argparse.Namespace) -> str:
 def main() -> int:
     """Do the runs, print what was wrong and the table; returns the exit code."""
     options = parser().parse_args()
+    # A shell starts what runs in its background with Ctrl-C ignored, and children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     kinds = options.kind or KINDS
     held: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind in kinds}
     faults = []
