@@ -7,6 +7,7 @@
 #   make bench      what the compiler makes against the dense and the minimal network, in turns (hours)
 #   make rules      every rule against the real operator, RULE_SAMPLES samples each, from RULE_SEED on
 #   make mutation   MUTANTS small changes of the passes, and whether the tests notice
+#   make interrupts stop the command line while it writes, INTERRUPTS times in each way, and look at what is left
 #   make cuda       the checks and timings that need a GPU, in an environment of their own
 #   make compare    the same networks through other tools, in an environment of their own (about an hour)
 #   make clean      remove what the targets made, the environment included
@@ -17,12 +18,13 @@ FUZZ_SEED ?= 0
 RULE_SAMPLES ?= 40
 RULE_SEED ?= 0
 MUTANTS ?= 300
+INTERRUPTS ?= 60
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DEMO_MODEL := models/lenet5-sbp-digits.pt
 
-.PHONY: bench compare cuda demo test test-slow fuzz zoo rules mutation lint clean
+.PHONY: bench compare cuda demo test test-slow fuzz zoo rules mutation interrupts lint clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -51,6 +53,9 @@ rules: $(READY)
 
 mutation: $(READY)
 	$(BIN)/python tools/mutation.py --mutants $(MUTANTS) --jobs 2 --write
+
+interrupts: $(READY)
+	$(BIN)/python tools/interrupt_writes.py --runs $(INTERRUPTS) --write
 
 # onnxruntime and onnxruntime-gpu hold the same files: the second replaces the first.
 cuda:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -43,11 +44,16 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield `path`'s name in a temporary folder beside it, for a file that refers to others next to it.
+def atomic_folder(
+    path: str | os.PathLike[str], *, stale: str = "", check: Callable[[], None] | None = None
+) -> Iterator[Path]:
+    """Yield `path`'s name in a temporary folder beside it, for a file that has companions.
 
-    If the block ends well, the files named `<name>` and `<name>.*` there get their places, `path` itself
-    last; each of them appears whole or not at all. The folder goes in any case. Errors as in `atomic_path`.
+    If the block ends well, the files `<stem>.*` there get their places, `path` itself last; each of them appears
+    whole or not at all, and two writers of one folder take turns. Then older files go whose whole name matches the
+    regular expression `stale`: a companion that is named after its content is replaced in one step so, together
+    with the file that refers to it. `check` is called while no other writer can come between, and may refuse. The
+    temporary folder goes in any case. Errors as in `atomic_path`.
     """
     target = Path(path)
     _refuse_unless_writable(target)
@@ -56,11 +62,39 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         with _system_errors(target):
             yield folder / target.name
-            for companion in sorted(folder.glob(f"{glob.escape(target.name)}.*")):
-                _publish(companion, target.with_name(companion.name))
-            _publish(folder / target.name, target)
+            with _turn(target.parent):
+                if check is not None:
+                    check()
+                _publish_all(folder, target, stale)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish_all(folder: Path, target: Path, stale: str) -> None:
+    written = sorted(folder.glob(f"{glob.escape(target.stem)}.*"), key=lambda path: path.name == target.name)
+    names = {path.name for path in written}
+    for path in written:
+        _publish(path, target.with_name(path.name))
+    for old in target.parent.iterdir() if stale else ():
+        if re.fullmatch(stale, old.name) and old.name not in names:
+            old.unlink(missing_ok=True)
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, where the system has such locks: it needs no file and ends with the process."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have none
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:

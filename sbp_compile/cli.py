@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.markup import escape
 
+from sbp_compile.cli_output import add_output_options, output_options, written_paths
 from sbp_compile.errors import CompileError, OutputError, UsageError
+from sbp_compile.output_options import WEIGHTS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,11 +27,12 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Turns a network trained with Structured Bayesian Pruning (or masked by any other method) into the small
-dense network that is left: the same function, the same inputs and outputs, written as an ONNX file.
+dense network that is left: the same function, the same inputs and outputs, written as an ONNX file (or .pt2,
+TorchScript, or weights with readable source).
 
 Channels that are switched off or constant are removed together with everything that depended on them;
 what they contributed goes into the weights that stay. Before the file gets its name it is compared with
-the original, in float64 and in onnxruntime. If the two disagree, nothing is written."""
+the original, in float64 and as it was written. If the two disagree, nothing is written."""
 
 EPILOG = """\
 examples:
@@ -48,7 +52,8 @@ exit codes:
   5  the model cannot be compiled exactly
   6  the small network disagrees with the original: nothing was written
   7  the output cannot be written
-  130  interrupted"""
+  130  interrupted
+  143  ended by SIGTERM"""
 
 
 # Written out, since the passes take a second to import; a test compares.
@@ -70,7 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", type=Path, help="a file written by sbp_compile.save_model, or a .pt2 file")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="where to write: .onnx or .pt2"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="where to write; the suffix says what: .onnx, .pt2, .ts or .pt (TorchScript), .safetensors "
+        "(weights, and a readable .py beside them)",
     )
     parser.add_argument(
         "--fewest-macs",
@@ -84,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="T",
         help=f"whose fast widths to choose: {', '.join(TARGET_NAMES)} (cpu: this one; none: the fewest channels)",
     )
+    add_output_options(parser)
     proof = parser.add_argument_group("proof")
     proof.add_argument(
         "--inputs", type=Path, metavar="NPZ", help="verify on these inputs too: one array for each input name"
@@ -150,6 +162,8 @@ def run(options: argparse.Namespace) -> None:
     with _one_line_warnings():
         compiled = _compile(options, console)
         timings = _time(options, compiled, console) if options.time else []
+    if options.recipe is not None:
+        compiled.recipe().save(options.recipe)
     if options.json is not None:
         from sbp_compile.atomic import write_atomically
 
@@ -159,42 +173,50 @@ def run(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse before any work what cannot end well."""
-    from sbp_compile.compiler import SUFFIXES
-
-    if options.output.suffix not in SUFFIXES:
-        raise UsageError(f"output {options.output.name!r} must end in {' or '.join(SUFFIXES)}")
+    output_options(options).check(options.output)
     if options.time and options.output.suffix != ".onnx":
         raise UsageError(f"--time needs an .onnx output, not {options.output.name!r}")
     if options.time:
         from sbp_compile.timing import require_provider
 
         require_provider(options.provider)
-    written = [options.output] if options.json is None else [options.output, options.json]
-    for path in written:
+    taken = {options.model.resolve(): "the model"}
+    if options.apply is not None:
+        taken[options.apply.resolve()] = "the recipe to apply"
+    for path in written_paths(options):
         _check_output(path)
-        if path.resolve() == options.model.resolve():
-            raise UsageError(f"{str(path)!r} is the model itself; give the output another name")
-    if len({path.resolve() for path in written}) < len(written):
-        raise UsageError(f"--json {str(options.json)!r} is the output itself; give it another name")
+        if path.resolve() in taken:
+            raise UsageError(f"{str(path)!r} is {taken[path.resolve()]} itself; give the output another name")
+        taken[path.resolve()] = "another output"
+    if options.output.suffix == WEIGHTS:
+        from sbp_compile.save import refuse_to_overwrite
+
+        refuse_to_overwrite(options.output)
 
 
 def _compile(options: argparse.Namespace, console: Console) -> Compiled:
     from passes import TARGETS, FewestMacs, default_pipeline, this_cpu
     from sbp_compile.capture.model_file import load_model
     from sbp_compile.compiler import compile_file
+    from sbp_compile.recipe import load_recipe
 
     pipeline = None
     if options.fewest_macs or options.target != "cpu":
         target = this_cpu() if options.target == "cpu" else TARGETS[options.target]
         pipeline = default_pipeline(FewestMacs() if options.fewest_macs else None, target)
+    recipe = None if options.apply is None else load_recipe(options.apply)
     with console.status("reading the model") as status:
         model = load_model(options.model)
         status.update("compiling")
         compiled = compile_file(
-            model, verify=not options.no_verify, input_file=options.inputs, pipeline=pipeline
+            model,
+            verify=not options.no_verify,
+            input_file=options.inputs,
+            pipeline=pipeline,
+            recipe=recipe,
         )
         status.update("writing and verifying")
-        compiled.save(options.output)
+        compiled.save(options.output, **dataclasses.asdict(output_options(options)))
     console.print(compiled.report)
     console.print(
         f"[bold]{escape(str(options.output))}[/bold]: {_proof(compiled)}", highlight=False, soft_wrap=True

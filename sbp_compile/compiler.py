@@ -17,29 +17,27 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from passes import Note, PassError, Pipeline, Program, Step, default_pipeline, this_cpu
-from sbp_compile.atomic import atomic_folder
 from sbp_compile.baseline import plain_architecture
 from sbp_compile.capture.call import Call, captured_call
 from sbp_compile.capture.export import DynamicBatch, evaluating, export_module, quiet_export
-from sbp_compile.capture.model_file import LoadedModel, save_program
+from sbp_compile.capture.model_file import LoadedModel
 from sbp_compile.capture.program import program_from_export
-from sbp_compile.emit.exported import exported_program
 from sbp_compile.emit.module import CompiledModule, compiled_module, emit_graph_module
 from sbp_compile.emit.onnx_file import onnx_model, save_onnx
 from sbp_compile.errors import InputError, UnsupportedModelError, UsageError
+from sbp_compile.output_options import OutputOptions, option_names
+from sbp_compile.recipe import Recipe
+from sbp_compile.recipe_layers import LayerRecipe, layer_recipes
 from sbp_compile.report import Report, build_report
+from sbp_compile.save import save_verified
 from sbp_compile.verify import (
     Reference,
     Verification,
     make_reference,
     verify_capture,
-    verify_exported,
     verify_float64,
-    verify_onnx,
 )
 from sbp_compile.verify_inputs import check_inputs, load_inputs, random_inputs
-
-SUFFIXES = (".onnx", ".pt2")
 
 
 @dataclass
@@ -60,24 +58,28 @@ class Compiled:
     output_names: tuple[str | None, ...]
     references: tuple[Reference, ...] = field(repr=False, default=())
     source_hash: str = ""
+    layers: tuple[LayerRecipe, ...] = field(repr=False, default=())
+    applied: Recipe | None = field(repr=False, default=None)
 
-    def save(self, path: str | Path) -> None:
+    def recipe(self) -> Recipe:
+        """Return what was removed and why, in a form that another checkpoint can be compiled by."""
+        return Recipe.of(self.original, self.layers, self.applied)
+
+    def save(self, path: str | Path, **options: Any) -> None:
         """Write the network; what was written is compared with the original before the file gets its name.
 
-        `.onnx` writes ONNX (weights beyond 2 GB go to a second file, `<name>.data`), `.pt2` an exported
-        program. Raises `UsageError` for another suffix, `OutputError` where the path cannot be written,
-        `VerificationError` where the file computes something else than the original; nothing is left behind.
+        The suffix says what: `.onnx`; `.pt2`, an exported program; `.ts` or `.pt`, TorchScript; `.safetensors`, the
+        weights, with a readable torch module beside them (`<name>.py`). `options`: those of
+        `sbp_compile.output_options.OutputOptions`.
+
+        Raises `UsageError` for another suffix or an option that does not fit, `OutputError` where the path cannot be
+        written, `UnsupportedModelError` where the format cannot hold the network, `VerificationError` where the file
+        computes something else than the original; nothing is left behind.
         """
-        path = Path(path)
-        if path.suffix not in SUFFIXES:
-            raise UsageError(f"output {path.name!r} must end in {' or '.join(SUFFIXES)}")
         start = time.perf_counter()
-        if path.suffix == ".onnx":
-            with atomic_folder(path) as temporary:
-                self.write_onnx(temporary)
-                self._verify_onnx(temporary)
-        else:
-            self._save_exported(path)
+        proof = save_verified(self, Path(path), _output_options(options))
+        if proof is not None:
+            self._proven(file_error=proof.error, file_tolerance=proof.tolerance, runtimes=proof.runtimes)
         seconds = {**self.report.seconds, "emission": time.perf_counter() - start}
         self.report = dataclasses.replace(self.report, seconds=seconds)
 
@@ -95,23 +97,17 @@ class Compiled:
             "sbp_compile.macs": f"{self.report.after.macs} of {self.report.before.macs}",
         }
 
-    def _verify_onnx(self, path: Path) -> None:
-        if self.references:
-            error, tolerance, providers = verify_onnx(path, self.references, self.program, self.output_names)
-            self._proven(file_error=error, file_tolerance=tolerance, runtimes=providers)
-
-    def _save_exported(self, path: Path) -> None:
-        exported = exported_program(self.module, self.program, self.call)
-        if self.references:
-            error, tolerance = verify_exported(exported, self.call, self.references, self.output_names)
-            self._proven(file_error=error, file_tolerance=tolerance, runtimes=("torch",))
-        args, kwargs = self.call.nest_arguments(self.examples)
-        save_program(exported, args, kwargs, path)
-
     def _proven(self, **found: Any) -> None:
         assert self.report.verification is not None
         proof = dataclasses.replace(self.report.verification, **found)
         self.report = dataclasses.replace(self.report, verification=proof)
+
+
+def _output_options(options: Mapping[str, Any]) -> OutputOptions:
+    unknown = sorted(options.keys() - set(option_names()))
+    if unknown:
+        raise UsageError(f"save has no option {unknown[0]!r}; it has {', '.join(option_names())}")
+    return OutputOptions(**options)
 
 
 def version() -> str:
@@ -132,6 +128,7 @@ def compile(  # noqa: A001  # the public name; torch.compile and re.compile have
     verify: bool = True,
     inputs: Sequence[tuple[Tensor, ...]] = (),
     pipeline: Pipeline | None = None,
+    recipe: Recipe | None = None,
 ) -> Compiled:
     """Return the small network that computes what `module` computes in eval mode.
 
@@ -140,6 +137,7 @@ def compile(  # noqa: A001  # the public name; torch.compile and re.compile have
     with the original now and at each save. `inputs`: further inputs to verify on (one tuple of tensors each,
     in the order of the network's inputs). `pipeline`: the passes, those for this processor if not given
     (`passes.default_pipeline(target=passes.this_cpu())`).
+    `recipe`: masks of another checkpoint to put into this one; the function is then that of the masked module.
 
     The module is left as it was, and shares no memory with the result. Raises `UsageError`, `InputError`,
     `UnsupportedModelError` or `VerificationError`.
@@ -158,7 +156,15 @@ def compile(  # noqa: A001  # the public name; torch.compile and re.compile have
             return module(*args, **kwargs)
 
     return compile_exported(
-        exported, call, tensors, verify=verify, inputs=inputs, pipeline=pipeline, seconds=times, own=as_given
+        exported,
+        call,
+        tensors,
+        verify=verify,
+        inputs=inputs,
+        pipeline=pipeline,
+        seconds=times,
+        own=as_given,
+        recipe=recipe,
     )
 
 
@@ -190,15 +196,19 @@ def compile_exported(
     pipeline: Pipeline | None = None,
     seconds: Mapping[str, float] | None = None,
     own: Callable[..., Any] | None = None,
+    recipe: Recipe | None = None,
 ) -> Compiled:
     """Do the same for an exported program, the call it was captured with and example tensors.
 
     `input_file`: an .npz with further inputs to verify on. `own`: the network as the user runs it, to compare with; the
-    exported program itself if there is nothing else.
+    exported program itself if there is nothing else. `recipe`: see `compile`.
     """
     times = dict(seconds or {})
     with _timed(times, "capture"):
         original = program_from_export(exported)
+        if recipe is not None:
+            original = recipe.apply(original)
+            own = compiled_module(emit_graph_module(original), call)
     feeds = [check_inputs(original, feed) for feed in (examples, *inputs)]
     if input_file is not None:
         feeds.append(load_inputs(input_file, original))
@@ -216,7 +226,8 @@ def compile_exported(
             verify_capture(references)
             error = verify_float64(original, small, references)
             proof = Verification(error, sum(_batch(entry.inputs) for entry in references))
-    notes = (*_batch_notes(original), *notes)
+    layers = layer_recipes(original, small, steps)
+    notes = (*_batch_notes(original), *notes, *(recipe.notes(layers) if recipe else ()))
     report = build_report(dense, small, steps, notes, verification=proof, seconds=times)
     return Compiled(
         compiled_module(emit_graph_module(small), call),
@@ -229,6 +240,8 @@ def compile_exported(
         _output_names(original, call),
         references,
         _hash(original),
+        layers,
+        recipe,
     )
 
 

@@ -19,7 +19,6 @@ import onnx
 import onnxruntime
 import torch
 from torch import Tensor, fx
-from torch.export import ExportedProgram
 
 from passes.ir.interpret import run
 from passes.ir.program import Origin, Program
@@ -66,13 +65,15 @@ class Reference:
         return max((of.get(dtype, 0.0) for dtype in self.dtypes), default=0.0)
 
 
-def make_reference(original: Program, inputs: tuple[Tensor, ...], own: Sequence[Any]) -> Reference:
-    """Run the original in float64; where an output is discrete, also with weights a little to either side."""
+def make_reference(
+    original: Program, inputs: tuple[Tensor, ...], own: Sequence[Any], *, margin: float = TIE_MARGIN
+) -> Reference:
+    """Run the original in float64; where an output is discrete, also with weights `margin` to either side."""
     exact, dtypes = run(original, inputs), _floating_dtypes(original)
     if not any(_is_discrete(value) for value in exact):
         return Reference(inputs, tuple(own), exact, dtypes)
     sides = [(seed, sign) for seed in (0, 1) for sign in (1.0, -1.0)]
-    shifted = tuple(run(_shifted(original, seed, sign * TIE_MARGIN), inputs) for seed, sign in sides)
+    shifted = tuple(run(_shifted(original, seed, sign * margin), inputs) for seed, sign in sides)
     return Reference(inputs, tuple(own), exact, dtypes, shifted)
 
 
@@ -188,22 +189,29 @@ def first_difference(original: Program, small: Program, inputs: Sequence[Tensor]
             if index is not None:
                 value = value.index_select(axis, index)
         if relative_error(value, mine) > FLOAT64_TOLERANCE:
-            parted.append(_described(node))
+            parted.append(described(node))
 
     run(original, inputs, compare)
     return parted[0] if parted else "no single value that both compute"
 
 
-def _described(node: fx.Node) -> str:
+def described(node: fx.Node) -> str:
+    """Return a value's name with its operator and the module it is computed in."""
     module = node.meta.get("module")
     return f"{node.name} ({node.target}{f' in {module}' if module else ''})"
 
 
-def verify_exported(
-    exported: ExportedProgram, call: Call, references: Sequence[Reference], names: Sequence[str | None]
+def verify_module(
+    module: Callable[..., Any],
+    call: Call,
+    references: Sequence[Reference],
+    names: Sequence[str | None],
+    cause: str = "the file alone",
 ) -> tuple[float, float]:
-    """Return (largest error, its tolerance) of an exported program; `VerificationError` outside it."""
-    module = exported.module()
+    """Return (largest error, its tolerance) of what torch made of a file; `VerificationError` outside it.
+
+    `module` takes the original's call; `cause`: where the values part, for the message.
+    """
     positions = [position for position, name in enumerate(names) if name is not None]
 
     def run_one(inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -212,14 +220,19 @@ def verify_exported(
             results = call.flat_results(module(*args, **kwargs))
         return [results[position] for position in positions]
 
-    return _verify_file(run_one, references, names, "torch", lambda _: "the file alone")
+    return verify_file(run_one, references, names, "torch", lambda _: cause)
 
 
 def verify_onnx(
-    path: Path, references: Sequence[Reference], small: Program, names: Sequence[str | None]
+    path: Path,
+    references: Sequence[Reference],
+    small: Program,
+    names: Sequence[str | None],
+    cause: str | None = None,
 ) -> tuple[float, float, tuple[str, ...]]:
     """Return (largest error, its tolerance, providers) of a file in onnxruntime.
 
+    `cause`: where the values part, for the message (None: it is looked for).
     On the CPU, and on CUDA (TF32 off) where its provider is there. `VerificationError` outside the tolerance.
     """
     providers = ["CPUExecutionProvider"]
@@ -239,9 +252,9 @@ def verify_onnx(
                 return _run_session(session, small, inputs)
 
         def locate(inputs: Sequence[Tensor]) -> str:
-            return _first_onnx_difference(path, small, inputs)
+            return cause or _first_onnx_difference(path, small, inputs)
 
-        found.append(_verify_file(run_one, references, names, f"onnxruntime ({provider})", locate))
+        found.append(verify_file(run_one, references, names, f"onnxruntime ({provider})", locate))
         used.append(provider)
     return max(error for error, _ in found), max(limit for _, limit in found), tuple(used)
 
@@ -257,13 +270,17 @@ def _runtime_failures() -> Iterator[None]:
         ) from error
 
 
-def _verify_file(
+def verify_file(
     run_one: Callable[[Sequence[Tensor]], list[Tensor]],
     references: Sequence[Reference],
     names: Sequence[str | None],
     runtime: str,
     locate: Callable[[Sequence[Tensor]], str],
 ) -> tuple[float, float]:
+    """Return (largest error, largest tolerance) of what `run_one` gives; `VerificationError` outside a tolerance.
+
+    `locate`: where the values part for some inputs, for the message.
+    """
     worst, limit = 0.0, 0.0
     for reference in references:
         for name, error, tolerance in _file_errors(reference, run_one(reference.inputs), names):
@@ -334,7 +351,7 @@ def _first_onnx_difference(path: Path, small: Program, inputs: Sequence[Tensor])
 
     def compare(node: fx.Node, value: Any) -> None:
         if not parted and node.name in values and relative_error(value, values[node.name]) > ONNX_PARTING:
-            parted.append(_described(node))
+            parted.append(described(node))
 
     run(small, inputs, compare)
     return parted[0] if parted else "the outputs alone"

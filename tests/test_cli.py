@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,50 @@ def test_an_exported_program_is_written_under_pt2(model_file: Path, tmp_path: Pa
     assert sbp_compile.load_model(tmp_path / "small.pt2").example_inputs is not None
 
 
+def test_every_kind_of_file_is_written_in_half_precision(model_file: Path, tmp_path: Path) -> None:
+    for suffix in (".onnx", ".pt2", ".ts", ".pt", ".safetensors"):
+        assert main([str(model_file), "-o", str(tmp_path / f"small{suffix}"), "-q", "--fp16"]) == 0
+    wanted = ["small.onnx", "small.pt", "small.pt2", "small.py", "small.safetensors", "small.ts"]
+    assert names(tmp_path) == wanted
+
+
+def test_the_opset_and_separate_weights_are_passed_on(model_file: Path, tmp_path: Path) -> None:
+    options = ["--opset", "18", "--external-data", "-q"]
+    assert main([str(model_file), "-o", str(tmp_path / "small.onnx"), *options]) == 0
+    model = onnx.load(tmp_path / "small.onnx")
+    assert [entry.version for entry in model.opset_import] == [18]
+
+
+def test_a_recipe_goes_from_one_checkpoint_to_another(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.json"
+    assert main([str(model_file), "-o", str(tmp_path / "one.onnx"), "-q", "--recipe", str(recipe)]) == 0
+    first, second = json.loads(recipe.read_text())["layers"]
+    assert (first["name"], first["kept"], first["constant"]) == ("first", "0,2-3,5", "1,4,6-7")
+    assert (second["name"], second["kept"]) == ("second", "0-2")
+    torch.manual_seed(1)
+    other = Masked().eval()
+    other.mask = torch.ones(8)
+    sbp_compile.save_model(other, torch.randn(4, 6), tmp_path / "other.pt")
+    arguments = [tmp_path / "other.pt", "-o", tmp_path / "two.onnx", "--apply", recipe]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert "recipe: 1 masks of the recipe were applied" in capsys.readouterr().out
+    other.mask = (Masked().mask != 0).float()
+    x = torch.randn(3, 6)
+    assert_close(other(x).detach(), run_onnx(tmp_path / "two.onnx", x)[0])
+
+
+def test_source_of_the_users_is_not_overwritten_and_said_so_before_any_work(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.py").write_text("mine")
+    monkeypatch.setattr("sbp_compile.capture.model_file.load_model", None)
+    line = fails(capsys, 7, model_file, "-o", tmp_path / "small.safetensors")
+    assert "small.py' beside 'small.safetensors': there is such a file that sbp_compile did not write" in line
+    assert (tmp_path / "small.py").read_text() == "mine"
+
+
 def test_quiet_prints_nothing(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(model_file), "-o", str(tmp_path / "small.onnx"), "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
@@ -111,7 +156,7 @@ def test_help_names_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for code in (0, 1, 2, 3, 4, 5, 6, 7, 130):
+    for code in (0, 1, 2, 3, 4, 5, 6, 7, 130, 143):
         assert f"\n  {code}  " in text
 
 
@@ -131,9 +176,20 @@ def test_the_version_is_printed_without_other_arguments(capsys: pytest.CaptureFi
         (["-o", "small.onnx", "--batch", "1,x"], "argument --batch: 'x' is not a positive whole number"),
         (["-o", "small.onnx", "--threads", "-1"], "argument --threads: '-1' is not a positive whole number"),
         (["-o", "small.onnx", "--fast"], "unrecognized arguments: --fast; --help lists the options"),
-        (["-o", "small.pb"], "output 'small.pb' must end in .onnx or .pt2"),
+        (["-o", "small.pb"], "output 'small.pb' must end in .onnx, .pt2, .ts, .pt or .safetensors"),
+        (["-o", "small.safetensors", "--json", "small.py"], "'small.py' is another output itself; give the"),
+        (["-o", "small.onnx", "--recipe", "small.onnx"], "'small.onnx' is another output itself; give the"),
+        (["-o", "small.onnx", "--opset", "x"], "argument --opset: 'x' is not the number of an opset"),
+        (["-o", "small.pt2", "--opset", "18"], "--opset is for .onnx outputs, not for 'small.pt2'"),
+        (["-o", "small.ts", "--external-data"], "--external-data is for .onnx outputs, not for 'small.ts'"),
+        (["-o", "small.onnx", "--fp16-io"], "fp16_io needs fp16"),
+        (["-o", "small.onnx", "--opset", "9"], "opset 9 cannot express this network"),
+        (
+            ["-o", "small.onnx", "--apply", "no.json"],
+            "cannot read recipe 'no.json': no such file or directory",
+        ),
         (["-o", "small.pt2", "--time"], "--time needs an .onnx output, not 'small.pt2'"),
-        (["-o", "small.onnx", "--json", "small.onnx"], "--json 'small.onnx' is the output itself"),
+        (["-o", "small.onnx", "--json", "small.onnx"], "'small.onnx' is another output itself; give the"),
     ],
 )
 def test_bad_options_are_named(
@@ -346,8 +402,8 @@ def test_a_file_that_disagrees_is_not_written(
 ) -> None:
     emit = onnx_file.emit_graph_module
 
-    def emit_wrongly(program: Program) -> Any:
-        module = emit(program)
+    def emit_wrongly(program: Program, *options: Any) -> Any:
+        module = emit(program, *options)
         with torch.no_grad():
             module.get_parameter("second_bias").add_(1.0)
         return module
@@ -399,10 +455,10 @@ def test_a_folder_without_permission_is_named(
 def test_a_full_disk_leaves_the_old_file(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(*_args: object) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sbp_compile.compiler.save_onnx", refuse)
+    monkeypatch.setattr("sbp_compile.save.save_onnx", refuse)
     (tmp_path / "small.onnx").write_bytes(b"old")
     line = fails(capsys, 7, model_file, "-o", tmp_path / "small.onnx")
     assert line.endswith("no space left on device")
@@ -416,10 +472,10 @@ def test_a_full_disk_leaves_the_old_file(
 def test_an_interrupt_leaves_nothing(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*_args: object) -> None:
+    def interrupt(*_args: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sbp_compile.compiler.save_onnx", interrupt)
+    monkeypatch.setattr("sbp_compile.save.save_onnx", interrupt)
     assert "interrupted; nothing was written" in fails(capsys, 130, model_file, "-o", tmp_path / "small.onnx")
     assert not names(tmp_path)
 
@@ -427,10 +483,10 @@ def test_an_interrupt_leaves_nothing(
 def test_an_error_of_the_compiler_is_one_line_too(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def break_down(*_args: object) -> None:
+    def break_down(*_args: object, **_options: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("sbp_compile.compiler.save_onnx", break_down)
+    monkeypatch.setattr("sbp_compile.save.save_onnx", break_down)
     line = fails(capsys, 1, model_file, "-o", tmp_path / "small.onnx")
     assert "ZeroDivisionError: division by zero (a bug of the compiler: please report it" in line
     with pytest.raises(ZeroDivisionError):

@@ -470,7 +470,7 @@ def test_without_verification_nothing_is_claimed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["small.pb", "small", "small.ONNX.txt"])
 def test_an_unknown_suffix_is_refused(name: str, tmp_path: Path) -> None:
     compiled = sbp_compile.compile(Masked(), torch.randn(4, 6), verify=False)
-    with pytest.raises(UsageError, match=r"must end in \.onnx or \.pt2"):
+    with pytest.raises(UsageError, match=r"must end in \.onnx, \.pt2, \.ts, \.pt or \.safetensors"):
         compiled.save(tmp_path / name)
     assert not list(tmp_path.iterdir())
 

@@ -103,6 +103,10 @@ class KeepSets:
         """How many indices are kept."""
         return int(self.get(node, axis).sum())
 
+    def at(self, name: str, axis: int) -> Tensor:
+        """The same by the value's name, along a static axis."""
+        return self._sets[name, axis]
+
     def needed(self, name: str, axis: int) -> int | None:
         """How many indices had to be kept before any coupling; None for a dynamic axis."""
         found = self._needed.get((name, axis))
@@ -115,4 +119,8 @@ class KeepSets:
 
     def reasons(self, name: str, axis: int) -> list[tuple[str, int]]:
         """Why indices beyond the necessary ones are kept: (reason, how many), in the order they came."""
-        return [(why, int(mask.sum())) for why, mask in self._reasons.get((name, axis), [])]
+        return [(why, int(mask.sum())) for why, mask in self.reason_masks(name, axis)]
+
+    def reason_masks(self, name: str, axis: int) -> list[tuple[str, Tensor]]:
+        """The same with the indices themselves: bool, (size of the axis,)."""
+        return list(self._reasons.get((name, axis), []))

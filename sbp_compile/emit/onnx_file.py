@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,9 +22,9 @@ from passes.ir.analysis import size_source
 from passes.ir.program import Input, Program, TensorInfo
 from sbp_compile.capture.export import quiet_export
 from sbp_compile.emit.module import emit_graph_module
-from sbp_compile.errors import UnsupportedModelError
+from sbp_compile.errors import UnsupportedModelError, UsageError
+from sbp_compile.output_options import OPSET
 
-OPSET = 20
 LARGEST_EMBEDDED = 2_000_000_000
 _LARGEST_READ_BY_INFERENCE = 1024
 
@@ -32,14 +34,17 @@ def onnx_model(
     output_names: Sequence[str | None],
     metadata: Mapping[str, str],
     *,
-    opset: int = OPSET,
+    opset: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> onnx.ModelProto:
-    """Return the ONNX model of a Program, rounded to its dtype; outputs without a name are left out.
+    """Return the ONNX model of a Program, rounded to `dtype` (its own); outputs without a name are left out.
 
     Interface dimensions are named: `batch` for the leading dynamic axis, `<input>_<axis>` for the others.
-    Raises UnsupportedModelError where torch's exporter has no translation of an operator.
+    Raises UnsupportedModelError where torch's exporter has no translation of an operator, and UsageError where the
+    network cannot be written in that opset.
     """
-    module = emit_graph_module(program)
+    module = emit_graph_module(program, dtype)
+    opset = OPSET if opset is None else opset
     _keep_outputs(module, [name is not None for name in output_names])
     names = [name for name in output_names if name is not None]
     model = _cleaned(_export(program, module, len(names), opset), names)
@@ -52,17 +57,32 @@ def onnx_model(
     return model
 
 
-def save_onnx(model: onnx.ModelProto, path: Path) -> None:
-    """Check a model and write it; beyond 2 GB its weights go to a second file, `<path>.data`.
+def save_onnx(model: onnx.ModelProto, path: Path, *, external_data: bool = False) -> None:
+    """Check a model and write it; beyond 2 GB, or if asked, its weights go to a second file beside it.
 
-    The second file is referred to by its name alone: the two must stay together.
+    The second file, `<path>.<16 hexadecimal digits>.data`, is named after its content, so that the file that refers
+    to it never finds another's weights there. It is referred to by its name alone: the two must stay together.
     """
-    if weight_bytes(model) < LARGEST_EMBEDDED:
+    if weight_bytes(model) < LARGEST_EMBEDDED and not external_data:
         onnx.checker.check_model(model)
         path.write_bytes(model.SerializeToString(deterministic=True))
     else:
-        onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data")
+        location = f"{path.name}.{_content_hash(model)}.data"
+        onnx.save_model(model, str(path), save_as_external_data=True, location=location)
         onnx.checker.check_model(str(path))
+
+
+def external_data_pattern(name: str) -> str:
+    """Return a regular expression for the names of the second files that belong to a file of that name."""
+    return rf"{re.escape(name)}\.[0-9a-f]{{16}}\.data"
+
+
+def _content_hash(model: onnx.ModelProto) -> str:
+    digest = hashlib.sha256()
+    for tensor in model.graph.initializer:
+        digest.update(repr((tensor.name, tensor.data_type, *tensor.dims)).encode())
+        digest.update(tensor.raw_data)
+    return digest.hexdigest()[:16]
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:
@@ -115,7 +135,18 @@ def _export(program: Program, module: fx.GraphModule, outputs: int, opset: int) 
             ) from error
     assert converted is not None
     proto: onnx.ModelProto = converted.model_proto
+    _refuse_other_opset(proto, opset)
     return proto
+
+
+def _refuse_other_opset(proto: onnx.ModelProto, opset: int) -> None:
+    """Refuse what the exporter wrote in another opset, without a word, because its converter has no way there."""
+    found = next(entry.version for entry in proto.opset_import if entry.domain in {"", "ai.onnx"})
+    if found != opset:
+        raise UsageError(
+            f"opset {opset} cannot express this network, as far as the ONNX version converter knows; "
+            f"opset {max(found, OPSET)} can"
+        )
 
 
 def _first_cause(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """The ONNX file: names, dimensions, metadata, external weights."""
 
+import re
 from pathlib import Path
 
 import onnx
@@ -11,7 +12,7 @@ import sbp_compile
 from passes import Program
 from sbp_compile.emit import onnx_file
 from sbp_compile.emit.module import emit_graph_module
-from sbp_compile.errors import OutputError, UnsupportedModelError, VerificationError
+from sbp_compile.errors import OutputError, UnsupportedModelError, UsageError, VerificationError
 from tests.networks import Masked, assert_close, run_onnx
 
 
@@ -118,8 +119,10 @@ def names(folder: Path) -> list[str]:
 
 def test_large_weights_go_to_a_second_file_that_is_found(large: sbp_compile.Compiled, tmp_path: Path) -> None:
     large.save(tmp_path / "small.onnx")
-    assert names(tmp_path) == ["small.onnx", "small.onnx.data"]
-    assert (tmp_path / "small.onnx").stat().st_size < 4000 < (tmp_path / "small.onnx.data").stat().st_size
+    first, second = names(tmp_path)
+    assert first == "small.onnx"
+    assert re.fullmatch(r"small\.onnx\.[0-9a-f]{16}\.data", second)
+    assert (tmp_path / first).stat().st_size < 4000 < (tmp_path / second).stat().st_size
     x = torch.randn(5, 32)
     assert_close(large.module(x).detach(), run_onnx(tmp_path / "small.onnx", x)[0])
     onnx.checker.check_model(str(tmp_path / "small.onnx"))
@@ -131,8 +134,12 @@ def test_both_files_are_replaced_and_work_in_another_folder(
     folder = tmp_path / "one"
     folder.mkdir()
     (folder / "small.onnx").write_bytes(b"old")
-    (folder / "small.onnx.data").write_bytes(b"old")
+    (folder / "small.onnx.0123456789abcdef.data").write_bytes(b"old")
+    (folder / "other.onnx.0123456789abcdef.data").write_bytes(b"another network's")
     large.save(folder / "small.onnx")
+    assert len(names(folder)) == 3
+    assert "small.onnx.0123456789abcdef.data" not in names(folder)
+    assert "other.onnx.0123456789abcdef.data" in names(folder)
     folder.rename(tmp_path / "two")
     x = torch.randn(5, 32)
     assert_close(large.module(x).detach(), run_onnx(tmp_path / "two" / "small.onnx", x)[0])
@@ -141,20 +148,21 @@ def test_both_files_are_replaced_and_work_in_another_folder(
 def test_neither_file_is_left_where_verification_fails(
     large: sbp_compile.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def emit_wrongly(program: Program) -> fx.GraphModule:
+    def emit_wrongly(program: Program, *_: object) -> fx.GraphModule:
         module = emit_graph_module(program)
         with torch.no_grad():
             module.get_parameter("first_weight").add_(1.0)
         return module
 
     monkeypatch.setattr(onnx_file, "emit_graph_module", emit_wrongly)
-    (tmp_path / "small.onnx.data").write_bytes(b"old")
+    old = tmp_path / "small.onnx.0123456789abcdef.data"
+    old.write_bytes(b"old")
     with pytest.raises(
         VerificationError, match=r"the values part at linear \(aten.linear.default in first\)"
     ):
         large.save(tmp_path / "small.onnx")
-    assert names(tmp_path) == ["small.onnx.data"]
-    assert (tmp_path / "small.onnx.data").read_bytes() == b"old"
+    assert names(tmp_path) == [old.name]
+    assert old.read_bytes() == b"old"
 
 
 def test_neither_file_is_left_where_the_disk_is_full(
@@ -166,6 +174,43 @@ def test_neither_file_is_left_where_the_disk_is_full(
     monkeypatch.setattr(onnx, "save_model", refuse)
     with pytest.raises(OutputError, match="no space left on device"):
         large.save(tmp_path / "small.onnx")
+    assert not names(tmp_path)
+
+
+def test_weights_go_to_a_second_file_on_request_and_come_back_into_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    compiled = sbp_compile.compile(Large(), torch.randn(4, 32))
+    compiled.save(tmp_path / "small.onnx", external_data=True)
+    assert len(names(tmp_path)) == 2
+    x = torch.randn(5, 32)
+    assert_close(compiled.module(x).detach(), run_onnx(tmp_path / "small.onnx", x)[0])
+    compiled.save(tmp_path / "small.onnx")
+    assert names(tmp_path) == ["small.onnx"]
+
+
+def test_the_same_network_gives_the_same_two_files_twice(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, found = Large().eval(), []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        sbp_compile.compile(module, torch.ones(4, 32)).save(folder / "small.onnx", external_data=True)
+        found.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert found[0] == found[1]
+    assert len(found[0]) == 2
+
+
+@pytest.mark.parametrize("opset", [14, 18, 21])
+def test_the_opset_can_be_chosen(opset: int, tmp_path: Path) -> None:
+    compiled = sbp_compile.compile(Large(), torch.randn(4, 32))
+    compiled.save(tmp_path / "small.onnx", opset=opset)
+    assert [entry.version for entry in onnx.load(tmp_path / "small.onnx").opset_import] == [opset]
+
+
+@pytest.mark.parametrize("opset", [9, 99])
+def test_an_opset_that_the_converter_does_not_reach_is_refused(opset: int, tmp_path: Path) -> None:
+    compiled = sbp_compile.compile(Large(), torch.randn(4, 32))
+    with pytest.raises(UsageError, match=f"opset {opset} cannot express this network.*opset 20 can"):
+        compiled.save(tmp_path / "small.onnx", opset=opset)
     assert not names(tmp_path)
 
 

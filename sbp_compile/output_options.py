@@ -1,0 +1,48 @@
+"""What may be asked of an output file, and which kinds of file there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from sbp_compile.errors import UsageError
+
+OPSET = 20
+
+ONNX, EXPORTED, WEIGHTS = ".onnx", ".pt2", ".safetensors"
+TORCHSCRIPT = (".ts", ".pt")
+SUFFIXES = (ONNX, EXPORTED, *TORCHSCRIPT, WEIGHTS)
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How a network is written.
+
+    `opset`: of an ONNX file (None: 20). `external_data`: weights of an ONNX file in a second file, whatever their
+    size. `fp16`: weights and computation in half precision; inputs and outputs as in the original. `fp16_io`: inputs
+    and outputs in half precision, too.
+    """
+
+    opset: int | None = None
+    external_data: bool = False
+    fp16: bool = False
+    fp16_io: bool = False
+
+    def check(self, path: Path) -> None:
+        """Raise `UsageError` where the suffix is not known or an option says nothing about such a file."""
+        if path.suffix not in SUFFIXES:
+            raise UsageError(f"output {path.name!r} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+        if self.fp16_io and not self.fp16:
+            raise UsageError("fp16_io needs fp16: half precision at the interface alone saves nothing")
+        for name in ("opset", "external_data"):
+            if getattr(self, name) not in (None, False) and path.suffix != ONNX:
+                raise UsageError(f"{_flag(name)} is for .onnx outputs, not for {path.name!r}")
+
+
+def option_names() -> list[str]:
+    """Return the names of all options."""
+    return [field.name for field in fields(OutputOptions)]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
