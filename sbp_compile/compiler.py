@@ -20,6 +20,7 @@ from passes import Note, PassError, Pipeline, Program, Step, default_pipeline, t
 from sbp_compile.atomic import atomic_folder
 from sbp_compile.baseline import plain_architecture
 from sbp_compile.capture.call import Call, captured_call
+from sbp_compile.capture.example_inputs import exported_flags
 from sbp_compile.capture.export import DynamicBatch, evaluating, export_module, quiet_export
 from sbp_compile.capture.model_file import LoadedModel, save_program
 from sbp_compile.capture.program import program_from_export
@@ -169,12 +170,14 @@ def compile_file(model: LoadedModel, **options: Any) -> Compiled:
     """
     args = model.example_inputs
     if args is None:
-        raise InputError("the model file brings no example inputs; save it with sbp_compile.save_model")
+        flags = " ".join(exported_flags(model.exported_program))
+        raise InputError(f"the model file brings no example inputs: add {flags}, or --inputs data.npz")
     try:
         call = captured_call(model.exported_program, args, model.kwargs)
     except ValueError as error:
         raise InputError(f"the model file's example inputs do not fit its program: {error}") from error
-    compiled = compile_exported(model.exported_program, call, call.tensors(args, model.kwargs), **options)
+    tensors = call.tensors(args, model.kwargs)
+    compiled = compile_exported(model.exported_program, call, tensors, own=model.own, **options)
     compiled.source_hash = model.sha256
     return compiled
 

@@ -165,10 +165,6 @@ def write_zip(path: Path) -> None:
         archive.writestr("notes.txt", "no model")
 
 
-def write_state_dict(path: Path) -> None:
-    torch.save(Masked().state_dict(), path)
-
-
 BAD_FILES = {
     "missing": (lambda path: None, "there is no file '.*model.pt'"),
     "empty": (lambda path: path.touch(), "model.pt' is empty"),
@@ -199,15 +195,6 @@ def test_a_truncated_model_file_is_refused(
     line = fails(capsys, 3, tmp_path / "model.pt", "-o", tmp_path / "small.onnx")
     assert "is a truncated or damaged archive" in line
     assert names(tmp_path) == ["model.pt"]
-
-
-def test_a_state_dict_gets_the_lines_to_paste(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_state_dict(tmp_path / "model.pt")
-    assert main([str(tmp_path / "model.pt"), "-o", str(tmp_path / "small.onnx")]) == 3
-    first, load, save = capsys.readouterr().err.splitlines()
-    assert "is a pickled state dict" in first
-    assert load.startswith("    model = ...; model.load_state_dict(")
-    assert save.startswith("    sbp_compile.save_model(model, ")
 
 
 # Exit code 4: inputs
@@ -282,7 +269,7 @@ def test_a_pt2_file_without_examples_is_refused(tmp_path: Path, capsys: pytest.C
     program.example_inputs = None
     torch.export.save(program, tmp_path / "model.pt2")
     line = fails(capsys, 4, tmp_path / "model.pt2", "-o", tmp_path / "small.onnx")
-    assert "brings no example inputs; save it with sbp_compile.save_model" in line
+    assert "brings no example inputs: add --input x=4x6:float32, or --inputs data.npz" in line
 
 
 # Exit codes 5 and 6: the network

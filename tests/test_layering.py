@@ -51,6 +51,7 @@ LAYERS = (
     "sbp_compile.compiler",
     "sbp_compile.nn",
     "sbp_compile.training",
+    "sbp_compile.model_options",
     "sbp_compile.cli",
     "sbp_compile.__main__",
     "sbp_compile",
