@@ -46,7 +46,7 @@ could run code, unless --trust-pickle says so.
 exit codes:
   0  written and verified
   1  an error of the compiler itself: please report it
-  2  an option has a value that cannot be used
+  2  an option is missing, or has a value that cannot be used
   3  the model file is missing, damaged, of an unknown format, or unsafe to load
   4  the inputs do not fit the model
   5  the model cannot be compiled exactly

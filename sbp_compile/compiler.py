@@ -177,7 +177,10 @@ def compile_file(model: LoadedModel, **options: Any) -> Compiled:
     except ValueError as error:
         raise InputError(f"the model file's example inputs do not fit its program: {error}") from error
     tensors = call.tensors(args, model.kwargs)
-    compiled = compile_exported(model.exported_program, call, tensors, own=model.own, **options)
+    axis_names = model.axis_names
+    compiled = compile_exported(
+        model.exported_program, call, tensors, own=model.own, axis_names=axis_names, **options
+    )
     compiled.source_hash = model.sha256
     return compiled
 
@@ -193,15 +196,16 @@ def compile_exported(
     pipeline: Pipeline | None = None,
     seconds: Mapping[str, float] | None = None,
     own: Callable[..., Any] | None = None,
+    axis_names: Mapping[str, Mapping[int, str]] | None = None,
 ) -> Compiled:
     """Do the same for an exported program, the call it was captured with and example tensors.
 
     `input_file`: an .npz with further inputs to verify on. `own`: the network as the user runs it, to compare with; the
-    exported program itself if there is nothing else.
+    exported program itself if there is nothing else. `axis_names`: of dynamic axes, by input and axis.
     """
     times = dict(seconds or {})
     with _timed(times, "capture"):
-        original = program_from_export(exported)
+        original = program_from_export(exported, axis_names)
     feeds = [check_inputs(original, feed) for feed in (examples, *inputs)]
     if input_file is not None:
         feeds.append(load_inputs(input_file, original))

@@ -185,7 +185,7 @@ def exported_flags(exported: ExportedProgram, names: Sequence[str] | None = None
         ):
             continue
         if names is None or node.name in names:
-            shape = "x".join(str(size if isinstance(size, int) else 2) for size in value.shape) or "scalar"
+            shape = "x".join(str(size if str(size).isdecimal() else 2) for size in value.shape) or "scalar"
             flags.append(f"--input {node.name}={shape}:{str(value.dtype).removeprefix('torch.')}")
     return flags
 
@@ -220,19 +220,28 @@ def dynamic_shapes(
     return positional, {name: given[name] for name in known[len(args) :]}, shapes
 
 
-def check_dynamic(exported: ExportedProgram, axes: Axes, source: str) -> None:
-    """Raise `UnsupportedModelError` where a network fixed an axis that was to be dynamic."""
+def captured_axes(exported: ExportedProgram, axes: Axes, names: Sequence[str], source: str) -> Axes:
+    """Return the axes under the names that the inputs have in the exported program.
+
+    `names`: of the arguments. Raises `UnsupportedModelError` where the network fixed an axis that was to be dynamic.
+    """
     values = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
-    names = [str(name) for name in exported.graph_signature.user_inputs]
+    inputs = [str(name) for name in exported.graph_signature.user_inputs]
+    own_names = dict(zip(names, inputs, strict=True)) if len(names) == len(inputs) else {}
+    found = {}
     for key, entries in axes.items():
         name = _named(key, names)
+        found[own_names.get(name, name)] = entries
+        value = values.get(own_names.get(name, name))
         for axis in entries:
-            size = values[name].shape[axis] if name in values else None
-            if isinstance(size, int):
+            if (
+                isinstance(value, Tensor) and str(value.shape[axis]).isdecimal()
+            ):  # a fixed size may stay a SymInt
                 raise UnsupportedModelError(
-                    f"--dynamic {name}:{axis}: {source} takes size {size} only there (its code fixes it); leave the "
+                    f"--dynamic {name}:{axis}: the code of {source} fixes the size to {value.shape[axis]}; leave the "
                     "axis away"
                 )
+    return found
 
 
 def _named(key: str, names: Sequence[str]) -> str:

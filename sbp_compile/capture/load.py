@@ -198,9 +198,9 @@ def _capture(path: Path, module: nn.Module, wanted: _Wanted, own: Callable[..., 
         raise UnsupportedModelError(
             f"{error} (example inputs of shapes {shown}: do they fit the network?)"
         ) from error
-    return LoadedModel(
-        exported, call_args, call_kwargs, sha256=_digest(path), own=own, axis_names=wanted.dynamic_axes
-    )
+    names = [*list(inspect.signature(module.forward).parameters)[: len(args)], *kwargs]
+    axes = examples.captured_axes(exported, wanted.dynamic_axes, names, source)
+    return LoadedModel(exported, call_args, call_kwargs, sha256=_digest(path), own=own, axis_names=axes)
 
 
 def _arguments(module: nn.Module, wanted: _Wanted, source: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

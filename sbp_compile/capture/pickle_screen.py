@@ -91,6 +91,10 @@ class Inert:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def __call__(self, *args: Any) -> Inert:
+        """Stand in for what a call would give."""
+        return Inert(self, *args)
+
     def __setstate__(self, state: Any) -> None:
         self.held.append(state)
 

@@ -302,7 +302,7 @@ def _constant_kind(node: Any) -> str | None:
 def _constant(node: Any, kind: str | None) -> Any:
     if kind is None:
         return None
-    value = node.toIValue() if kind == "ival" else getattr(node, kind)("value")
+    value = node.output().toIValue() if kind == "ival" else getattr(node, kind)("value")
     if kind == "i" and node.output().type().kind() == "BoolType":
         return bool(value)
     return torch.device(value) if node.output().type().kind() == "DeviceObjType" else value
