@@ -95,8 +95,8 @@ def traced(network: nn.Module, inputs: Inputs) -> bytes:
     """Return the bytes of the network's trace."""
     buffer = io.BytesIO()
     with torch.no_grad():
-        script = torch.jit.trace(network, inputs, strict=False, check_trace=False)
-    torch.jit.save(script, buffer)  # type: ignore[no-untyped-call]
+        script = torch.jit.trace(network, inputs, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
+    torch.jit.save(script, buffer)
     return buffer.getvalue()
 
 

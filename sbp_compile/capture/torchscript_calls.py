@@ -38,6 +38,7 @@ _TAKE_NUMBERS = frozenset(
         "ge",
     }
 )
+_SCALAR_SECOND = frozenset({"aten::add", "aten::sub", "aten::mul", "aten::div"})
 _KEYWORDS = frozenset({"rounding_mode", "alpha"})
 _CONVOLUTIONS: Mapping[tuple[bool, int], Callable[..., Tensor]] = {
     (False, 3): aten.conv1d.default,
@@ -49,9 +50,18 @@ _CONVOLUTIONS: Mapping[tuple[bool, int], Callable[..., Tensor]] = {
 }
 
 
-def call(node: Any, operands: list[Any]) -> Any:
+def takes_scalar(node: Any, operands: list[Any]) -> bool:
+    """Whether torch's interpreter takes a constant of no axes, as the second operand, for a number.
+
+    The result's dtype depends on that; a trace writes a number of Python that way.
+    """
+    return node.kind() in _SCALAR_SECOND and len(operands) > 1 and not isinstance(operands[-1], str)
+
+
+def call(node: Any, operands: list[Any], *, with_scalar: bool = False) -> Any:
     """Return the result of a node's call, on torch's operators or, for numbers and containers, in Python.
 
+    `with_scalar`: see `takes_scalar`.
     Raises `UnsupportedModelError` for operators that torch does not show or that open files, and for a number that
     would depend on the values of a tensor.
     """
@@ -63,7 +73,7 @@ def call(node: Any, operands: list[Any]) -> Any:
         raise on_data(node)
     if name in ON_VALUES and (name in {"__is__", "__isnot__"} or _is_by_value(operands)):
         return _call_on_values(node, operands, ON_VALUES[name])
-    return _call_operator(node, operands)
+    return _call_operator(node, operands, with_scalar)
 
 
 def as_tensor(value: Any) -> Tensor:
@@ -107,7 +117,7 @@ def _call_on_values(node: Any, operands: list[Any], function: Callable[..., Any]
     return function(*operands[:split], **{name: keywords[name] for name in names if name in _KEYWORDS})
 
 
-def _call_operator(node: Any, operands: list[Any]) -> Any:
+def _call_operator(node: Any, operands: list[Any], with_scalar: bool) -> Any:
     overload = _overload(node)
     if overload is None:
         raise UnsupportedModelError(
@@ -119,7 +129,8 @@ def _call_operator(node: Any, operands: list[Any]) -> Any:
             f"TorchScript operation {node.kind()!r} is not one that a model file may call{place(node)}"
         )
     arguments = overload._schema.arguments
-    takes_numbers = name.rstrip("_") in _TAKE_NUMBERS and any(_has_axes(operand) for operand in operands)
+    has_axes = any(isinstance(operand, Tensor) and operand.ndim > 0 for operand in operands)
+    takes_numbers = with_scalar or (name.rstrip("_") in _TAKE_NUMBERS and has_axes)
     values = [
         _fitted(operand, argument, takes_numbers)
         for argument, operand in zip(arguments, operands, strict=True)
@@ -188,7 +199,3 @@ _OF_TENSORS: Mapping[str, Callable[..., Any]] = {
     "is_cuda": lambda _: False,
     "requires_grad": lambda _: False,
 }
-
-
-def _has_axes(operand: Any) -> bool:
-    return isinstance(operand, Tensor) and operand.ndim > 0

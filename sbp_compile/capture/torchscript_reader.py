@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbp_compile.capture.torchscript_calls import TO_NUMBERS, as_tensor, call, on_data, place
+from sbp_compile.capture.torchscript_calls import TO_NUMBERS, as_tensor, call, on_data, place, takes_scalar
 from sbp_compile.capture.torchscript_values import is_number
 from sbp_compile.errors import UnsupportedModelError
 
@@ -167,7 +167,14 @@ class _Run:
         if special is not None:
             special(self, node)
             return
-        self._store(node, call(node, self._operands(node)))
+        operands = self._operands(node)
+        if takes_scalar(node, operands) and isinstance(operands[0], Tensor):
+            name = list(node.inputs())[1].debugName()
+            if name in self._scalars:
+                operands[1] = self._scalars[name]
+                self._store(node, call(node, operands, with_scalar=True))
+                return
+        self._store(node, call(node, operands))
 
     def _operands(self, node: Any) -> list[Any]:
         """Return a node's operands; constants of one entry become numbers beside sizes that a trace made tensors of."""

@@ -127,6 +127,37 @@ def test_sizes_that_a_trace_made_tensors_of_are_results_as_tensors(tmp_path: Pat
     assert torch.equal(got[2][1], wanted[2][1])
 
 
+def test_a_number_in_a_trace_decides_no_dtype(tmp_path: Path) -> None:
+    """The trace writes it as a float64 tensor, and torch's interpreter reads that as a number again."""
+
+    class Numbers(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            y = x.to(torch.int64)
+            return (
+                y * 2.5,
+                y + 0.5,
+                y - 0.5,
+                0.5 - y,
+                y / 2.5,
+                x.sum() * 1.5,
+                y.sum() * 2,
+                torch.arange(3) ** 0.5,
+            )
+
+    script, x = traced(Numbers(), torch.ones(3)), torch.rand(3)
+    got, wanted = captured(script, tmp_path / "net.ts").module()(x), script(x)
+    assert (
+        [value.dtype for value in got]
+        == [value.dtype for value in wanted]
+        == [torch.float32] * 6
+        + [
+            torch.int64,
+            torch.float32,
+        ]
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
 class OnData(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if bool(x.sum() > 0):
