@@ -364,6 +364,15 @@ def test_cut_and_flipped_files_give_an_error_of_ours(kind: str, net: Net, tmp_pa
             load_model(path)
 
 
+def test_one_flipped_bit_of_a_weight_is_found_by_the_checksum(net: Net, tmp_path: Path) -> None:
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    weight = net.first.weight.detach().numpy().tobytes()
+    damaged = weight[:5] + bytes([weight[5] ^ 1]) + weight[6:]
+    (tmp_path / "w.pt").write_bytes((tmp_path / "w.pt").read_bytes().replace(weight, damaged))
+    with pytest.raises(ModelFileError, match="Bad CRC-32 for file 'w/data/0'"):
+        load_model(tmp_path / "w.pt", arch=Net, example_inputs=X)
+
+
 def test_a_claim_of_a_hundred_gigabytes_is_not_allocated(tmp_path: Path) -> None:
     header = b'{"w":{"dtype":"F32","shape":[25000000000],"data_offsets":[0,100000000000]}}'
     (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
