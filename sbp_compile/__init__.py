@@ -14,7 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sbp_compile.capture.model_file import LoadedModel, load_model, save_model
+    from sbp_compile.capture.load import load_model
+    from sbp_compile.capture.model_file import LoadedModel, save_model
     from sbp_compile.compiler import Compiled, compile  # noqa: A004
     from sbp_compile.errors import CompileError
 
@@ -25,7 +26,7 @@ _HOMES = {
     "Compiled": "sbp_compile.compiler",
     "LoadedModel": "sbp_compile.capture.model_file",
     "compile": "sbp_compile.compiler",
-    "load_model": "sbp_compile.capture.model_file",
+    "load_model": "sbp_compile.capture.load",
     "save_model": "sbp_compile.capture.model_file",
 }
 

@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from sbp_compile.cli_output import add_output_options, output_options, written_paths
 from sbp_compile.errors import CompileError, OutputError, UsageError
+from sbp_compile.model_options import add_model_options, load
 from sbp_compile.output_options import WEIGHTS
 
 if TYPE_CHECKING:
@@ -39,14 +40,17 @@ examples:
   python -m sbp_compile model.pt -o small.onnx
   python -m sbp_compile model.pt -o small.onnx --time --batch 1,64
   python -m sbp_compile model.pt -o small.onnx --inputs images.npz --json report.json
+  python -m sbp_compile traced.ts -o small.onnx --input x=1x3x224x224:float32 --dynamic x:0=batch,2=height
+  python -m sbp_compile weights.safetensors -o small.onnx --arch networks:ResNet --input 1x3x224x224
 
-The model file is made by sbp_compile.save_model(module, example_inputs, "model.pt"); it needs none of
-the model's code and holds nothing that is unpickled.
+Files of sbp_compile.save_model(module, example_inputs, "model.pt") bring everything. TorchScript archives
+and .pt2 files bring the network, state dicts and safetensors the weights alone. Nothing is unpickled that
+could run code, unless --trust-pickle says so.
 
 exit codes:
   0  written and verified
   1  an error of the compiler itself: please report it
-  2  an option has a value that cannot be used
+  2  an option is missing, or has a value that cannot be used
   3  the model file is missing, damaged, of an unknown format, or unsafe to load
   4  the inputs do not fit the model
   5  the model cannot be compiled exactly
@@ -73,7 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", type=Path, help="a file written by sbp_compile.save_model, or a .pt2 file")
+    parser.add_argument(
+        "model",
+        type=Path,
+        help="a model file, recognised by its content; docs/command-line.md lists the formats",
+    )
     parser.add_argument(
         "-o",
         "--output",
@@ -96,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"whose fast widths to choose: {', '.join(TARGET_NAMES)} (cpu: this one; none: the fewest channels)",
     )
     add_output_options(parser)
+    add_model_options(parser)
     proof = parser.add_argument_group("proof")
     proof.add_argument(
         "--inputs", type=Path, metavar="NPZ", help="verify on these inputs too: one array for each input name"
@@ -196,7 +205,6 @@ def _check(options: argparse.Namespace) -> None:
 
 def _compile(options: argparse.Namespace, console: Console) -> Compiled:
     from passes import TARGETS, FewestMacs, default_pipeline, this_cpu
-    from sbp_compile.capture.model_file import load_model
     from sbp_compile.compiler import compile_file
     from sbp_compile.recipe import load_recipe
 
@@ -206,7 +214,7 @@ def _compile(options: argparse.Namespace, console: Console) -> Compiled:
         pipeline = default_pipeline(FewestMacs() if options.fewest_macs else None, target)
     recipe = None if options.apply is None else load_recipe(options.apply)
     with console.status("reading the model") as status:
-        model = load_model(options.model)
+        model = load(options)
         status.update("compiling")
         compiled = compile_file(
             model,

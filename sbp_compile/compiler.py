@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from passes import Note, PassError, Pipeline, Program, Step, default_pipeline, this_cpu
 from sbp_compile.baseline import plain_architecture
 from sbp_compile.capture.call import Call, captured_call
+from sbp_compile.capture.example_inputs import exported_flags
 from sbp_compile.capture.export import DynamicBatch, evaluating, export_module, quiet_export
 from sbp_compile.capture.model_file import LoadedModel
 from sbp_compile.capture.program import program_from_export
@@ -175,12 +176,17 @@ def compile_file(model: LoadedModel, **options: Any) -> Compiled:
     """
     args = model.example_inputs
     if args is None:
-        raise InputError("the model file brings no example inputs; save it with sbp_compile.save_model")
+        flags = " ".join(exported_flags(model.exported_program))
+        raise InputError(f"the model file brings no example inputs: add {flags}, or --inputs data.npz")
     try:
         call = captured_call(model.exported_program, args, model.kwargs)
     except ValueError as error:
         raise InputError(f"the model file's example inputs do not fit its program: {error}") from error
-    compiled = compile_exported(model.exported_program, call, call.tensors(args, model.kwargs), **options)
+    tensors = call.tensors(args, model.kwargs)
+    axis_names = model.axis_names
+    compiled = compile_exported(
+        model.exported_program, call, tensors, own=model.own, axis_names=axis_names, **options
+    )
     compiled.source_hash = model.sha256
     return compiled
 
@@ -197,15 +203,17 @@ def compile_exported(
     seconds: Mapping[str, float] | None = None,
     own: Callable[..., Any] | None = None,
     recipe: Recipe | None = None,
+    axis_names: Mapping[str, Mapping[int, str]] | None = None,
 ) -> Compiled:
     """Do the same for an exported program, the call it was captured with and example tensors.
 
     `input_file`: an .npz with further inputs to verify on. `own`: the network as the user runs it, to compare with; the
-    exported program itself if there is nothing else. `recipe`: see `compile`.
+    exported program itself if there is nothing else. `recipe`: see `compile`. `axis_names`: of dynamic axes, by input
+    and axis.
     """
     times = dict(seconds or {})
     with _timed(times, "capture"):
-        original = program_from_export(exported)
+        original = program_from_export(exported, axis_names)
         if recipe is not None:
             original = recipe.apply(original)
             own = compiled_module(emit_graph_module(original), call)

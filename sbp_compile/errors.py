@@ -50,3 +50,11 @@ class OutputError(CompileError):
 
 class BatchPinnedWarning(UserWarning):
     """A dynamic batch was asked for, but the model works with one batch size only."""
+
+
+class PickleTrustWarning(UserWarning):
+    """A pickle is about to be loaded that may run any code, because the user said that it is trusted."""
+
+
+class NarrowedWeightsWarning(UserWarning):
+    """Weights were rounded to the dtype of the network that they were loaded into."""

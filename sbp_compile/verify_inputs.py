@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from passes.ir.program import Input, Program
+from sbp_compile.capture.example_inputs import as_tensor, read_arrays
 from sbp_compile.errors import InputError
 
 
@@ -72,7 +72,7 @@ def load_inputs(path: str | Path, program: Program) -> tuple[Tensor, ...]:
 
     A single array under another name will do for a network with one input. Raises `InputError`.
     """
-    arrays = _read_arrays(path)
+    arrays = read_arrays(path)
     names = [entry.name for entry in program.inputs]
     if set(arrays) != set(names) and len(arrays) == len(names) == 1:
         arrays = {names[0]: next(iter(arrays.values()))}
@@ -80,30 +80,8 @@ def load_inputs(path: str | Path, program: Program) -> tuple[Tensor, ...]:
         raise InputError(
             f"inputs in {str(path)!r} are named {sorted(arrays)}, the model's are {sorted(names)}"
         )
-    tensors = [_as_tensor(name, arrays[name]) for name in names]
+    tensors = [as_tensor(name, arrays[name]) for name in names]
     return check_inputs(program, tensors)
-
-
-def _read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except OSError as error:
-        raise InputError(
-            f"cannot read inputs from {str(path)!r}: {(error.strerror or str(error)).lower()}"
-        ) from error
-    except Exception as error:  # numpy and zipfile document no closed list of what damaged files raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"cannot read inputs from {str(path)!r}: {reason}; expected an .npz file of numeric arrays"
-        ) from error
-
-
-def _as_tensor(name: str, array: np.ndarray) -> Tensor:
-    try:
-        return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
-    except TypeError as error:
-        raise InputError(f"input {name!r} has dtype {array.dtype}; expected numbers") from error
 
 
 def check_inputs(program: Program, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -7,12 +7,15 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -213,16 +216,124 @@ def test_the_model_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixt
     assert path.read_bytes() == b"a trained model"
 
 
+# Other doors in
+
+
+DOORS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "trace": (lambda path: torch.jit.save(trace(), path), []),  # type: ignore[no-untyped-call]
+    "trace with inputs": (
+        lambda path: torch.jit.save(trace(), path),  # type: ignore[no-untyped-call]
+        ["--input", "x=3x6:float32", "--dynamic", "x:0=n"],
+    ),
+    "state dict": (
+        lambda path: torch.save({"model": Masked().state_dict()}, path),
+        ["--arch", "tests.networks:Masked", "--input", "1x6"],
+    ),
+    "safetensors": (
+        lambda path: safetensors.torch.save_file(Masked().state_dict(), path),
+        ["--arch", "tests.networks:Masked", "--arch-args", "{}", "--input", "x=1x6"],
+    ),
+    "module": (lambda path: torch.save(Masked(), path), ["--trust-pickle", "--input", "x=1x6"]),
+}
+
+
+def trace() -> Any:
+    return torch.jit.trace(Masked().eval(), torch.ones(1, 6))  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", DOORS)
+def test_every_format_becomes_the_same_file(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, options = DOORS[kind]
+    torch.manual_seed(0)
+    write(tmp_path / "model.bin")
+    torch.manual_seed(0)
+    wanted = Masked().eval()
+    assert main([str(tmp_path / "model.bin"), "-o", str(tmp_path / "small.onnx"), *options]) == 0
+    printed = capsys.readouterr()
+    assert "same function" in printed.out
+    assert ("warning: unpickling" in printed.err) == (kind == "module")
+    x = torch.randn(4, 6)
+    assert_close(wanted(x).detach(), run_onnx(tmp_path / "small.onnx", x)[0])
+    [axis, _] = onnxruntime.InferenceSession(tmp_path / "small.onnx").get_inputs()[0].shape
+    assert axis == ("n" if "--dynamic" in options else "batch")
+
+
+def test_example_inputs_come_from_the_arrays_where_the_file_has_none(tmp_path: Path) -> None:
+    torch.save(Masked().state_dict(), tmp_path / "weights.pt")
+    np.savez(tmp_path / "data.npz", x=np.ones((5, 6), np.float32))
+    options = ["--arch", "tests.networks:Masked", "--inputs", str(tmp_path / "data.npz"), "-q"]
+    assert main([str(tmp_path / "weights.pt"), "-o", str(tmp_path / "small.onnx"), *options]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ([], 2, "is a state dict: weights without a network"),
+        (["--arch", "tests.networks:Masked"], 4, "brings no example inputs: add --input x=SHAPE:DTYPE"),
+        (
+            ["--arch", "tests.networks:Masked", "--input", "x=1x7"],
+            5,
+            r"\(example inputs of shapes \[1, 7\]: do they fit",
+        ),
+        (
+            ["--arch", "tests.networks:Images", "--input", "x=1x7"],
+            4,
+            "'bias' missing from the file; 'first.bias' not in the network",
+        ),
+        (
+            ["--arch", "tests.networks:Masked", "--arch-args", "{", "--input", "1x6"],
+            2,
+            "--arch-args '{' is not JSON",
+        ),
+        (
+            ["--arch", "tests.networks:Masked", "--arch-args", "3", "--input", "1x6"],
+            2,
+            "must be a JSON object or array",
+        ),
+        (["--input", "x=1x6", "--input", "x=1x6"], 2, "'x' is given twice"),
+        (["--dynamic", "x=batch"], 2, "--dynamic 'x=batch' cannot be read; write NAME:AXIS=SIZE_NAME"),
+    ],
+)
+def test_what_the_file_does_not_say_is_asked_for(
+    options: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(Masked().state_dict(), tmp_path / "weights.pt")
+    line = fails(capsys, code, tmp_path / "weights.pt", "-o", tmp_path / "small.onnx", *options)
+    assert re.search(message, line)
+    assert names(tmp_path) == ["weights.pt"]
+
+
+def test_the_axes_of_an_exported_program_are_what_they_are(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(capsys, 2, model_file, "-o", tmp_path / "small.onnx", "--dynamic", "x:0=batch")
+    assert "is an exported program, whose axes were chosen when it was exported" in line
+
+
+def test_inputs_for_a_program_without_examples_are_taken(tmp_path: Path) -> None:
+    program = torch.export.export(Masked(), (torch.randn(4, 6),))
+    program.example_inputs = None
+    torch.export.save(program, tmp_path / "model.pt2")
+    arguments = [
+        str(tmp_path / "model.pt2"),
+        "-o",
+        str(tmp_path / "small.onnx"),
+        "-q",
+        "--input",
+        "x=4x6:float32",
+    ]
+    assert main(arguments) == 0
+
+
 # Exit code 3: the model file
 
 
 def write_zip(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("notes.txt", "no model")
-
-
-def write_state_dict(path: Path) -> None:
-    torch.save(Masked().state_dict(), path)
 
 
 BAD_FILES = {
@@ -255,15 +366,6 @@ def test_a_truncated_model_file_is_refused(
     line = fails(capsys, 3, tmp_path / "model.pt", "-o", tmp_path / "small.onnx")
     assert "is a truncated or damaged archive" in line
     assert names(tmp_path) == ["model.pt"]
-
-
-def test_a_state_dict_gets_the_lines_to_paste(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_state_dict(tmp_path / "model.pt")
-    assert main([str(tmp_path / "model.pt"), "-o", str(tmp_path / "small.onnx")]) == 3
-    first, load, save = capsys.readouterr().err.splitlines()
-    assert "is a pickled state dict" in first
-    assert load.startswith("    model = ...; model.load_state_dict(")
-    assert save.startswith("    sbp_compile.save_model(model, ")
 
 
 # Exit code 4: inputs
@@ -338,7 +440,7 @@ def test_a_pt2_file_without_examples_is_refused(tmp_path: Path, capsys: pytest.C
     program.example_inputs = None
     torch.export.save(program, tmp_path / "model.pt2")
     line = fails(capsys, 4, tmp_path / "model.pt2", "-o", tmp_path / "small.onnx")
-    assert "brings no example inputs; save it with sbp_compile.save_model" in line
+    assert "brings no example inputs: add --input x=4x6:float32, or --inputs data.npz" in line
 
 
 # Exit codes 5 and 6: the network

@@ -58,6 +58,7 @@ LAYERS = (
     "sbp_compile.nn",
     "sbp_compile.training",
     "sbp_compile.cli_output",
+    "sbp_compile.model_options",
     "sbp_compile.cli",
     "sbp_compile.__main__",
     "sbp_compile",

@@ -47,7 +47,7 @@ class Input(Sized):
 
     `sizes`, `other_sizes` and `far_sizes` are three admissible shapes that agree along exactly the static axes. The
     first two are of everyday size; the third lies far off, so that sizes like n // 70 do not agree by chance
-    (default: the second again).
+    (default: the second again). `axis_names`: (axis, name) of dynamic axes that the user has named.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Input(Sized):
     sizes: tuple[int, ...]
     other_sizes: tuple[int, ...]
     far_sizes: tuple[int, ...] = ()
+    axis_names: tuple[tuple[int, str], ...] = ()
 
     @property
     def working_dtype(self) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The zip container of an exported program (.pt2): read with every check it allows, written reproducibly.
+"""The zip container of torch's files: read with every check it allows, written reproducibly.
 
 Where the records lie is torch's own layout, which it does not document; tests/capture/test_model_file.py
 fails when a version of torch writes another one.
@@ -27,6 +27,7 @@ METADATA = OWN + "metadata.json"
 INPUTS_TREE = OWN + "inputs.json"
 INPUTS = OWN + "inputs.safetensors"
 
+MOST_UNPACKED = 2**26
 _ROOT = "archive/"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -34,13 +35,15 @@ Record = tuple[str, bytes]
 
 
 class Archive:
-    """The records of a .pt2 file by their paths below its root folder.
+    """The records of a .pt2 file, a TorchScript archive or a file of torch.save by their paths below its root folder.
 
     Only uncompressed records with plain relative paths are taken, so what is read can be no larger than the
-    file. Raises `ModelFileError` for anything else, and when a record's checksum does not fit.
+    file; those under `compressed` (TorchScript's code) may be deflated, up to `MOST_UNPACKED` bytes together. Raises
+    `ModelFileError` for anything else, and when a record's checksum does not fit.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], *, compressed: str | None = None) -> None:
+        self._compressed = compressed
         with _reading():
             self._zip = zipfile.ZipFile(file)
         self._records: dict[str, zipfile.ZipInfo] = {}
@@ -65,8 +68,12 @@ class Archive:
         """Return a record's content; its checksum is verified."""
         if name not in self._records:
             raise ModelFileError(f"record {name!r} is missing")
-        with _reading():
-            return self._zip.read(self._records[name])
+        info = self._records[name]
+        with _reading(), self._zip.open(info) as record:
+            content = record.read(info.file_size)  # zipfile checks the sum where a record ends
+            if len(content) != info.file_size or record.read(1):
+                raise ModelFileError(f"record {name!r} does not have the size that the directory says")
+            return content
 
     def _root(self) -> str:
         names = self._zip.namelist()
@@ -79,19 +86,24 @@ class Archive:
             )
         if name in self._records:
             raise ModelFileError(f"record {info.filename!r} is there twice")
-        if (
-            info.compress_type != zipfile.ZIP_STORED
-            or info.compress_size != info.file_size
-            or info.flag_bits & 1
-        ):
+        stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+        may_deflate = self._compressed is not None and name.startswith(self._compressed)
+        deflated = info.compress_type == zipfile.ZIP_DEFLATED and may_deflate
+        if not (stored or deflated) or info.flag_bits & 1:
             raise ModelFileError(
                 f"record {info.filename!r} is compressed or encrypted; expected stored bytes"
             )
 
     def _check_total(self, file: IO[bytes]) -> None:
-        total, available = sum(info.file_size for info in self._records.values()), file.seek(0, 2)
+        total, available = sum(info.compress_size for info in self._records.values()), file.seek(0, 2)
         if total > available:
             raise ModelFileError(f"the records claim {total} bytes, but the file has {available}")
+        packed = [info for info in self._records.values() if info.compress_type != zipfile.ZIP_STORED]
+        unpacked = sum(info.file_size for info in packed)
+        if unpacked > MOST_UNPACKED:
+            raise ModelFileError(
+                f"the compressed records claim {unpacked} bytes; at most {MOST_UNPACKED} are read"
+            )
 
 
 def write_archive(records: Iterable[Record], file: IO[bytes]) -> None:
@@ -136,5 +148,7 @@ def _reading() -> Iterator[None]:
     """Turn whatever zipfile raises on damaged data into the one error users know."""
     try:
         yield
+    except ModelFileError:
+        raise
     except Exception as error:  # zipfile documents no closed list of them
         raise ModelFileError(f"the archive is truncated or damaged ({error})") from error

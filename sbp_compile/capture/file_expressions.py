@@ -75,7 +75,7 @@ def clean_target(text: str, namespaces: Collection[str] = ()) -> str:
     if text in _PYTHON_TARGETS or text.removeprefix("torch.ops.higher_order.") in _HIGHER_ORDER:
         return text
     match = _OVERLOAD.fullmatch(text)
-    if not match or _DANGEROUS.fullmatch(match[2]):
+    if not match or is_dangerous(match[2]):
         raise RefusalError(f"{text[:200]!r} is not an operator that a model file may call")
     if match[1] not in _NAMESPACES and match[1] not in namespaces:
         raise RefusalError(
@@ -85,6 +85,11 @@ def clean_target(text: str, namespaces: Collection[str] = ()) -> str:
     if not isinstance(_resolve(*match.groups()), _OpOverload):
         raise RefusalError(f"operator {text[:200]!r} is unknown to torch {torch.__version__}")
     return text
+
+
+def is_dangerous(name: str) -> bool:
+    """Whether an operator of that name opens files, or indexes memory without checks."""
+    return _DANGEROUS.fullmatch(name) is not None
 
 
 def _resolve(namespace: str, name: str, overload: str) -> object:

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,6 @@ from sbp_compile.capture import file_archive as layout
 from sbp_compile.capture.export import DynamicBatch, export_module, quiet_export
 from sbp_compile.capture.file_archive import Archive, Digest, Record, write_archive
 from sbp_compile.capture.file_inputs import pack_inputs, unpack_inputs
-from sbp_compile.capture.file_kinds import refuse_unless_archive
 from sbp_compile.capture.screen import screen
 from sbp_compile.errors import InputError, ModelFileError, UnsupportedModelError
 
@@ -40,7 +39,8 @@ class LoadedModel:
 
     `example_inputs`: the positional arguments of the saved call, None for a .pt2 file that brings none.
     `kwargs`: its keyword arguments. `metadata`: tool and torch version, for files of `save_model`.
-    `sha256`: of the records of the program and its tensors, 64 hexadecimal digits.
+    `sha256`: of the records of the program and its tensors, 64 hexadecimal digits. `own`: the network as its user runs
+    it, where that is something else than the exported program. `axis_names`: of dynamic axes, by input and axis.
     """
 
     exported_program: ExportedProgram
@@ -48,6 +48,8 @@ class LoadedModel:
     kwargs: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
+    own: Callable[..., Any] | None = None
+    axis_names: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
 
 def save_model(
@@ -92,22 +94,10 @@ def save_program(
         raise UnsupportedModelError(f"{name} cannot be stored without pickle: {error}") from error
 
 
-def load_model(path: str | os.PathLike[str], *, namespaces: Collection[str] = ()) -> LoadedModel:
-    """Read a file of `save_model`, or a .pt2 file without pickled payloads, whatever its extension.
-
-    `namespaces`: of custom operators that the program may call; the library that defines them must be
-    imported. Raises `ModelFileError` for everything else, with what the file is as far as that can be seen
-    from outside.
-    """
-    path = Path(path)
-    refuse_unless_archive(path)
-    try:
-        with path.open("rb") as file:
-            return _load(file, namespaces)
-    except ModelFileError as error:
-        raise ModelFileError(f"cannot load {str(path)!r}: {error}") from error
-    except OSError as error:
-        raise ModelFileError(f"cannot read {str(path)!r}: {error.strerror}") from error
+def load_program(path: Path, namespaces: Collection[str] = ()) -> LoadedModel:
+    """Read a file of `save_model`, or a .pt2 file without pickled payloads; `ModelFileError` for anything else."""
+    with path.open("rb") as file:
+        return _load(file, namespaces)
 
 
 def _serialise(program: ExportedProgram) -> Archive:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,8 +18,12 @@ from sbp_compile.capture.export import quiet_export
 from sbp_compile.errors import UnsupportedModelError
 
 
-def program_from_export(exported: ExportedProgram) -> Program:
+def program_from_export(
+    exported: ExportedProgram, axis_names: Mapping[str, Mapping[int, str]] | None = None
+) -> Program:
     """Return the Program of an exported program, in the ATen dialect that `run_decompositions({})` leaves.
+
+    `axis_names`: of dynamic axes, by input and axis.
 
     Raises UnsupportedModelError where the graph mutates buffers or inputs, draws random
     numbers, or computes with values that are not finite: NaN anywhere, infinity in a parameter. (An infinite
@@ -42,9 +47,9 @@ def program_from_export(exported: ExportedProgram) -> Program:
                 env[node] = graph.create_node("get_attr", spec.target, (), {})
             elif isinstance(spec.arg, TensorArgument):
                 value = node.meta["val"]
-                inputs.append(
-                    Input(node.name, value.dtype, *(hints.sizes(value, which) for which in range(3)))
-                )
+                sizes = [hints.sizes(value, which) for which in range(3)]
+                names = tuple(sorted((axis_names or {}).get(node.name, {}).items()))
+                inputs.append(Input(node.name, value.dtype, sizes[0], sizes[1], sizes[2], names))
                 env[node] = graph.create_node("placeholder", node.name, (), {}, name=node.name)
                 env[node].meta = provenance(node)
             else:

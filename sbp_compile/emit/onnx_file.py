@@ -39,7 +39,8 @@ def onnx_model(
 ) -> onnx.ModelProto:
     """Return the ONNX model of a Program, rounded to `dtype` (its own); outputs without a name are left out.
 
-    Interface dimensions are named: `batch` for the leading dynamic axis, `<input>_<axis>` for the others.
+    Interface dimensions are named as the user has named them, else `batch` for the leading dynamic axis and
+    `<input>_<axis>` for the others.
     Raises UnsupportedModelError where torch's exporter has no translation of an operator, and UsageError where the
     network cannot be written in that opset.
     """
@@ -216,7 +217,8 @@ def _name_dimensions(model: onnx.ModelProto, program: Program, results: Sequence
     for entry in program.inputs:
         for axis, pair in enumerate(_pairs(entry)):
             if pair[0] != pair[1]:
-                known[entry.name, axis] = "batch" if axis == 0 and pair == batch else f"{entry.name}_{axis}"
+                name = "batch" if axis == 0 and pair == batch else f"{entry.name}_{axis}"
+                known[entry.name, axis] = dict(entry.axis_names).get(axis, name)
     for value, entry in zip(model.graph.input, program.inputs, strict=True):
         info = TensorInfo(entry.sizes, entry.other_sizes, entry.dtype, entry.far_sizes)
         _set_dimensions(value, info, program, known)
