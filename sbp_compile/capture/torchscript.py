@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 import torch
-from torch import Tensor
 
+from sbp_compile.capture.export import quiet_export
 from sbp_compile.capture.file_archive import Archive, Digest, Record, write_archive
 from sbp_compile.capture.pickle_screen import StoredTensor, check_tensors, foreign_classes
 from sbp_compile.capture.torchscript_reader import GraphNetwork, graph_network
@@ -65,7 +65,8 @@ def load_torchscript(file: IO[bytes]) -> TorchScript:
     traced = _traced(archive)
     buffer.seek(0)
     try:
-        script = torch.jit.load(buffer, map_location="cpu")  # type: ignore[no-untyped-call]
+        with quiet_export():
+            script = torch.jit.load(buffer, map_location="cpu")  # type: ignore[no-untyped-call]
         if getattr(script, "training", False):
             script.eval()
         network = graph_network(script)
@@ -142,8 +143,3 @@ def _traced(archive: Archive) -> tuple[StoredTensor, ...] | None:
 def runs_on_the_cpu(script: torch.jit.ScriptModule) -> bool:
     """Whether nothing in a script's code names another device, so that it can be run here as it is."""
     return re.search(r'Device = prim::Constant\[value="(?!cpu)', str(script.inlined_graph)) is None
-
-
-def is_float(entry: StoredTensor | Tensor) -> bool:
-    """Whether any values will do for an example input."""
-    return entry.dtype.is_floating_point

@@ -114,11 +114,9 @@ class GraphNetwork(nn.Module):
 def graph_network(script: torch.jit.ScriptModule) -> GraphNetwork:
     """Return a plain module that makes the calls of a ScriptModule's forward, in eval mode.
 
-    Raises `UnsupportedModelError` for objects, methods that were not inlined, and attributes that change; what
-    only running shows (branches on data, unknown operators) when it runs.
+    Raises `UnsupportedModelError` for objects; for methods that were not inlined, attributes that change, branches on
+    data and unknown operators when it runs and meets them.
     """
-    for node in _nodes(script.inlined_graph):
-        _refuse(node)
 
     def forward(self: GraphNetwork, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
@@ -148,21 +146,14 @@ class _Run:
 
     def result(self, value: Any) -> Any:
         """Return what the graph returns; sizes that a trace made tensors of become tensors."""
-        found = self.values[value.debugName()]
-        if value.node().kind() in {"prim::TupleConstruct", "prim::ListConstruct"}:
-            return type(found)(self.result(item) for item in value.node().inputs())
-        if value.node().kind() == "prim::DictConstruct":
-            names, items = _halves(list(value.node().inputs()))
-            return {
-                self.values[name.debugName()]: self.result(item)
-                for name, item in zip(names, items, strict=True)
-            }
-        return as_tensor(found) if _is_tensor_type(value) and is_number(found) else found
+        return _of_type(self.values[value.debugName()], value.type())
 
     def _node(self, node: Any) -> None:
         kind = node.kind()
         if kind in _IGNORED:
             return
+        if kind in _REFUSED:
+            raise UnsupportedModelError(f"TorchScript operation {kind!r}: {_REFUSED[kind]}{place(node)}")
         special = _SPECIAL.get(kind)
         if special is not None:
             special(self, node)
@@ -192,8 +183,8 @@ class _Run:
         outputs = [value.debugName() for value in node.outputs()]
         if len(outputs) == 1:
             self.values[outputs[0]] = found
-        else:
-            self.values.update(zip(outputs, found or (), strict=True))
+        elif outputs:
+            self.values.update(zip(outputs, found, strict=True))
 
     def _constant(self, node: Any) -> None:
         name, kind = node.output().debugName(), _constant_kind(node)
@@ -286,6 +277,21 @@ _SPECIAL: Mapping[str, Callable[[_Run, Any], None]] = {
 }
 
 
+def _of_type(found: Any, kind: Any) -> Any:
+    """Return a value in which numbers have become tensors where its type says so."""
+    if is_number(found):
+        return as_tensor(found) if kind.kind() == "TensorType" else found
+    if kind.kind() == "OptionalType":
+        return _of_type(found, kind.getElementType())
+    if kind.kind() == "ListType":
+        return [_of_type(item, kind.getElementType()) for item in found]
+    if kind.kind() == "DictType":
+        return {name: _of_type(item, kind.getValueType()) for name, item in found.items()}
+    if kind.kind() == "TupleType":
+        return tuple(_of_type(item, part) for item, part in zip(found, kind.elements(), strict=True))
+    return found
+
+
 def _is_tensor_type(value: Any) -> bool:
     return bool(value.type().kind() == "TensorType")
 
@@ -330,12 +336,6 @@ _REFUSED = {
     "prim::fork": "work runs in parallel tasks",
     "prim::PythonOp": "Python code is called",
 }
-
-
-def _refuse(node: Any) -> None:
-    reason = _REFUSED.get(node.kind())
-    if reason:
-        raise UnsupportedModelError(f"TorchScript operation {node.kind()!r}: {reason}{place(node)}")
 
 
 def _signature(script: torch.jit.ScriptModule) -> inspect.Signature:

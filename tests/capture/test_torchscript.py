@@ -158,6 +158,42 @@ def test_a_number_in_a_trace_decides_no_dtype(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+class Collecting(nn.Module):
+    def forward(self, x: Tensor) -> tuple[list[Tensor], dict[str, Tensor], Tensor | None]:
+        found = [x]
+        by_name = {"x": x}
+        for index in range(3):
+            found.append(found[index] * 2)
+            by_name[str(index)] = found[-1]
+        found[0] = x + 1
+        return found, by_name, None
+
+
+def test_containers_that_grow_are_returned_whole(tmp_path: Path) -> None:
+    x = torch.randn(2, 3)
+    got = captured(scripted(Collecting()), tmp_path / "net.ts", example_inputs=x).module()(x)
+    wanted = Collecting()(x)
+    assert len(got[0]) == 4
+    assert list(got[1]) == ["x", "0", "1", "2"]
+    assert got[2] is None
+    assert all(torch.equal(a, b) for a, b in zip(got[0], wanted[0], strict=True))
+
+
+def test_state_that_changes_in_training_alone_is_no_obstacle(tmp_path: Path) -> None:
+    class Warming(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.steps += 1
+            return x * 2
+
+    x = torch.randn(2, 3)
+    assert torch.equal(captured(scripted(Warming()), tmp_path / "w.ts", example_inputs=x).module()(x), x * 2)
+
+
 class OnData(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if bool(x.sum() > 0):
