@@ -106,7 +106,7 @@ def test_source_of_the_users_is_not_overwritten_and_said_so_before_any_work(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "small.py").write_text("mine")
-    monkeypatch.setattr("sbp_compile.capture.model_file.load_model", None)
+    monkeypatch.setattr("sbp_compile.capture.load.load_model", None)
     line = fails(capsys, 7, model_file, "-o", tmp_path / "small.safetensors")
     assert "small.py' beside 'small.safetensors': there is such a file that sbp_compile did not write" in line
     assert (tmp_path / "small.py").read_text() == "mine"
