@@ -33,7 +33,7 @@ def test_idx_files_are_read_compressed_and_plain(tmp_path, pack):
         (b"PK\3\4 something", "not an idx file"),
         (IMAGES[:10], "truncated idx header"),
         (IMAGES[:-1], "5 bytes of data, expected 6"),
-        (gzip.compress(IMAGES)[:-9], "cannot be read"),
+        (gzip.compress(IMAGES, mtime=0)[:-9], "cannot be read"),
     ],
 )
 def test_a_damaged_idx_file_is_named_with_its_fault(tmp_path, content, message):
