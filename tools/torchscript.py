@@ -167,7 +167,8 @@ def page(rows: dict[str, tuple[Outcome, Outcome]]) -> str:
         "",
         f"Of {total} traced networks the reader captures {reader} exactly (error at most {TOLERANCE:.0e} in float64 at "
         f"batch 2 and 3), torch's converter {converter}. Networks with half of the channels behind their norms masked; "
-        f"error is max|a - b| / max|a| against the module that was traced, torch {torch.__version__}.",
+        f"error is max|a - b| / max|a| against the module that was traced (in float32 where a network makes float32 "
+        f"values itself), torch {torch.__version__}.",
         "",
         "Command: `python tools/torchscript.py --write`",
         "",
