@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from typing import NoReturn
+
+from sbp_compile.interruption import interrupted_exit_code, interruptible
 
 
 def main() -> int:
@@ -12,18 +12,14 @@ def main() -> int:
 
     SIGTERM ends it as Ctrl-C does, with what was begun removed, and exit code 143.
     """
-    try:
-        signal.signal(signal.SIGTERM, _terminate)
-        from sbp_compile.cli import main as run
+    with interruptible():
+        try:
+            from sbp_compile.cli import main as run
 
-        return run(sys.argv[1:])
-    except KeyboardInterrupt:  # before the command line itself was there to handle it
-        print("sbp_compile: error: interrupted; nothing was written", file=sys.stderr)
-        return 130
-
-
-def _terminate(*_: object) -> NoReturn:
-    raise SystemExit(143)
+            return run(sys.argv[1:])
+        except KeyboardInterrupt:  # before the command line itself was there to handle it
+            print("sbp_compile: error: interrupted; nothing was written", file=sys.stderr)
+            return interrupted_exit_code() or 130
 
 
 if __name__ == "__main__":

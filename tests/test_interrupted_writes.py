@@ -167,13 +167,29 @@ def test_a_signal_ends_the_program_with_its_exit_code_and_what_was_begun_is_remo
         raise AssertionError
 
     monkeypatch.setattr("sbp_compile.cli.main", run)
-    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        found = main()
-    except SystemExit as stop:
-        found = int(str(stop.code))
-    finally:
-        for kind, handler in handlers.items():
-            signal.signal(kind, handler)
-    assert found == code
+    assert main() == code
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("raised", [RuntimeError("unexpected"), OutputError("cannot write")])
+def test_a_signal_that_a_library_makes_another_exception_of_is_still_an_interrupt(
+    raised: Exception,
+    number: signal.Signals,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(_: object) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        except BaseException as error:
+            raise raised from error
+
+    monkeypatch.setattr("sbp_compile.cli.run", run)
+    monkeypatch.setattr(sys, "argv", ["sbp_compile", "model.pt", "-o", "small.onnx"])
+    before = signal.getsignal(number)
+    assert main() == code
+    assert signal.getsignal(number) is before
+    assert capsys.readouterr().err == "sbp_compile: error: interrupted; nothing was written\n"

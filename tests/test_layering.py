@@ -57,6 +57,7 @@ LAYERS = (
     "sbp_compile.compiler",
     "sbp_compile.nn",
     "sbp_compile.training",
+    "sbp_compile.interruption",
     "sbp_compile.cli_output",
     "sbp_compile.model_options",
     "sbp_compile.cli",

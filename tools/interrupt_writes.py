@@ -178,15 +178,13 @@ def run(kind: str, name: str, bench: Bench, random_source: random.Random, folder
     if kind in SIGNALS:
         wait(processes[0], folder, bench.seconds[name], random_source)
         processes[0].send_signal(SIGNALS[kind])
-    codes = []
     for process in processes:
         _, errors = process.communicate()
-        codes.append(process.returncode)
+        last = (errors.decode().splitlines() or [""])[-1]
         if b"Traceback" in errors and b"sbp_compile" in errors:  # not that of an interpreter that just starts
-            return "", f"a traceback: {errors.decode().splitlines()[-1]}"
-    wrong = [code for code in codes if kind in EXIT_CODES and code not in EXIT_CODES[kind]]
-    if wrong:
-        return "", f"exit code {wrong[0]}"
+            return "", f"a traceback: {last}"
+        if kind in EXIT_CODES and process.returncode not in EXIT_CODES[kind]:
+            return "", f"exit code {process.returncode}: {last}"
     return outcome(folder, bench, name), fault(folder, bench, name, kind)
 
 
