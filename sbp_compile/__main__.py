@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from sbp_compile.interruption import interrupted_exit_code, interruptible
+from sbp_compile.interruption import INTERRUPTIONS, interrupted_exit_code, interruptible
 
 
 def main() -> int:
@@ -17,7 +17,7 @@ def main() -> int:
             from sbp_compile.cli import main as run
 
             return run(sys.argv[1:])
-        except KeyboardInterrupt:  # before the command line itself was there to handle it
+        except INTERRUPTIONS:  # before the command line itself was there to handle it
             print("sbp_compile: error: interrupted; nothing was written", file=sys.stderr)
             return interrupted_exit_code() or 130
 

@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from sbp_compile.cli_output import add_output_options, output_options, written_paths
 from sbp_compile.errors import CompileError, OutputError, UsageError
-from sbp_compile.interruption import interrupted_exit_code
+from sbp_compile.interruption import INTERRUPTIONS, interrupted_exit_code
 from sbp_compile.model_options import add_model_options, load
 from sbp_compile.output_options import WEIGHTS
 
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         run(build_parser().parse_args(arguments))
-    except KeyboardInterrupt:
+    except INTERRUPTIONS:
         return _fail("interrupted; nothing was written", interrupted_exit_code() or 130)
     except Exception as error:
         if (code := interrupted_exit_code()) is not None:  # what a library made of the interrupt

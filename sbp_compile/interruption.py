@@ -17,9 +17,16 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 _received: list[int] = []
 
 
+class Terminated(BaseException):
+    """What SIGTERM becomes; not a KeyboardInterrupt, after some of which Python ends itself by SIGINT."""
+
+
+INTERRUPTIONS = (KeyboardInterrupt, Terminated)
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Make both signals a KeyboardInterrupt for a while; in the main thread only."""
+    """Make both signals one of INTERRUPTIONS for a while; in the main thread only."""
     before = {number: signal.signal(number, _interrupt) for number in EXIT_CODES}
     try:
         yield
@@ -36,4 +43,4 @@ def interrupted_exit_code() -> int | None:
 
 def _interrupt(number: int, _: FrameType | None) -> NoReturn:
     _received.append(number)
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
