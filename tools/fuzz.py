@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,6 +48,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="K",
         help="every K-th network also through onnxruntime (0: none)",
     )
+    made.add_argument(
+        "--say-every",
+        type=int,
+        default=500,
+        metavar="G",
+        help="print the counts after each G graphs (default 500)",
+    )
     return made
 
 
@@ -61,10 +69,11 @@ def graphs(seed: int, masks: int, onnx_every: int, folder: Path) -> Iterator[Fou
         for variant, found in checks.check_variants(spec, masks):
             yield variant, found, checks.check_passes
         if onnx_every and seed % onnx_every == 0:
+            masked = replace(spec, masks=seed // onnx_every % masks)
             try:
-                yield spec, whole_path(spec), whole_path
+                yield masked, whole_path(masked), whole_path
             except checks.FuzzError as failure:
-                yield spec, failure, whole_path
+                yield masked, failure, whole_path
         seed += 1
 
 
@@ -81,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
         task = progress.add_task("graphs", total=options.graphs)
         source = graphs(options.seed, options.masks, options.onnx_every, Path(folder))
-        for _, (spec, found, check) in zip(range(options.graphs), source, strict=False):
+        for number, (spec, found, check) in zip(range(1, options.graphs + 1), source, strict=False):
             if isinstance(found, checks.FuzzError):
                 counts["failed"] += 1
                 report(console, spec, found, check)
@@ -89,11 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 counts["rejected" if found.rejected else "passed"] += 1
                 counts["shrunk"] += found.shrunk
             progress.update(task, advance=1, description=f"graphs, {counts['failed']} failed")
-    console.print(
-        f"{counts['passed']} passed ({counts['shrunk']} of them shrank), {counts['rejected']} were no test, "
-        f"{counts['failed']} failed, in {time.perf_counter() - start:.0f} s; seeds from {options.seed}"
-    )
+            if number % options.say_every == 0 or number == options.graphs:
+                seconds = time.perf_counter() - start
+                console.print(f"{summary(counts)}, in {seconds:.0f} s; seeds {options.seed} to {spec.seed}")
     return 1 if counts["failed"] else 0
+
+
+def summary(counts: Mapping[str, int]) -> str:
+    """The counts in words."""
+    return (
+        f"{counts['passed']} passed ({counts['shrunk']} of them shrank), {counts['rejected']} were no test, "
+        f"{counts['failed']} failed"
+    )
 
 
 def report(

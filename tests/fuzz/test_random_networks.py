@@ -2,6 +2,7 @@
 
 import collections
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_any_network_that_can_be_drawn_compiles_to_itself(spec):
 def test_the_onnx_file_equals_the_masked_network_in_onnxruntime(first, tmp_path):
     tested = 0
     for seed in range(first, first + ONNX_CHUNK):
-        spec = networks.spec_of(seed)
+        spec = replace(networks.spec_of(seed), masks=seed % MASKS_EACH)
         try:
             tested += not checks.check_compile(spec, tmp_path).rejected
         except checks.FuzzError as failure:
