@@ -4,7 +4,7 @@ from passes.absorb_constants import AbsorbConstants
 from passes.align_heads import AlignHeads
 from passes.analyze_channels import AnalyzeChannels
 from passes.canonicalize import Canonicalize
-from passes.choose_widths import ChooseWidths
+from passes.choose_widths import ChooseWidths, Tuner, widths_of
 from passes.compose_readings import ComposeReadings
 from passes.fold_permutations import FoldPermutations
 from passes.fold_scales import FoldScales
@@ -22,11 +22,14 @@ from passes.shrink_channels import ShrinkChannels
 from passes.targets import TARGETS, Target, this_cpu
 
 
-def default_pipeline(cost: CostModel | None = None, target: Target | None = None) -> Pipeline:
+def default_pipeline(
+    cost: CostModel | None = None, target: Target | None = None, tuner: Tuner | None = None
+) -> Pipeline:
     """The passes in the order that the compiler runs them, until nothing changes.
 
     `cost` decides what is cheaper where there is a choice (default: `CountingModel`); `target` knows which widths run
-    fast (default: none, the minimal network).
+    fast (default: none, the minimal network); `tuner` measures what the target's table guesses, and which network is
+    the fastest.
     """
     cost = cost or CountingModel()
     rounds = Pipeline(
@@ -62,6 +65,7 @@ def default_pipeline(cost: CostModel | None = None, target: Target | None = None
         ),
         name="default",
         target=target,
+        tuner=tuner,
     )
 
 
@@ -95,9 +99,11 @@ __all__ = [
     "Step",
     "Target",
     "TensorInfo",
+    "Tuner",
     "UnsupportedError",
     "default_pipeline",
     "registered_rules",
     "rule",
     "this_cpu",
+    "widths_of",
 ]

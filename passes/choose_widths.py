@@ -8,18 +8,22 @@ Keeping more is always exact, so widths are a choice after the fact:
 3. pin as many of the removed channels and run the passes again. A constant channel keeps its constant, a dead one its
    weights; the facts stay what they are, and nothing reads more than it did;
 4. take the result if the target's estimate of the whole network fell; else the minimal network.
+
+A tuner measures layers where a table guesses, and whole networks where the estimate judges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
 
 from passes.ir.analysis import analyze
-from passes.ir.pipeline import Callback, Pipeline, Result, Step
+from passes.ir.pipeline import Callback, Note, Pipeline, Result, Step
 from passes.ir.program import Origin, Pins, Program
 from passes.ir.ties import ties
 from passes.network import Coupling, Network, Touched, layers, network_of, seconds
@@ -30,39 +34,62 @@ from passes.targets import Layer, Target
 aten = torch.ops.aten
 
 ROUNDS = 3
+MOST_PARTS = 3  # of a concatenation, whose widths are combined in questions
+
+Run = tuple[Result, list[Step]]
+Question = tuple[Layer, int, int]
+"""A layer with so many input and output channels."""
+
+
+class Tuner(Protocol):
+    """Measures what a table can only guess."""
+
+    def target(self, original: Program, minimal: Program, table: Target | None) -> Target:
+        """A target that knows what was measured of the layers, and has the table for the rest."""
+
+    def fastest(self, programs: Mapping[str, Program]) -> tuple[str, Note]:
+        """The name of the fastest of some networks, and what was measured."""
 
 
 @dataclass(frozen=True)
 class ChooseWidths(Pipeline):
     """A pipeline that runs its passes once for the minimal network, and once more for each choice of widths.
 
-    Callbacks see the passes of the run that was taken.
+    With a `tuner` there are three networks, minimal, by the target's table and by measured layers, and it says which is
+    taken. Callbacks see the passes of the run that was taken.
     """
 
     target: Target | None = None
+    tuner: Tuner | None = field(default=None, compare=False)
     watchers: tuple[Callback, ...] = field(default=(), compare=False)
 
     def with_callback(self, callback: Callback) -> Pipeline:
         return replace(self, watchers=(*self.watchers, callback))
 
     def __call__(self, program: Program) -> Result:
-        result, steps = self._minimal(program)
+        taken = minimal = self._minimal(program)
+        notes: tuple[Note, ...] = ()
         if self.target is not None:
-            result, steps = self._widened(program, result, steps, self.target)
+            taken = self._widened(program, minimal, self.target)
+        if self.tuner is not None:
+            measured = self.tuner.target(program, minimal[0].program, self.target)
+            runs = {"minimal": minimal, "table": taken, "tuned": self._widened(program, minimal, measured)}
+            name, note = self.tuner.fastest({name: run[0].program for name, run in runs.items()})
+            taken, notes = runs[name], (note,)
+        result, steps = taken
         for step in steps:
             for watcher in self.watchers:
                 watcher(step)
-        return result
+        return replace(result, notes=(*result.notes, *notes))
 
-    def _minimal(self, program: Program) -> tuple[Result, list[Step]]:
+    def _minimal(self, program: Program) -> Run:
         steps: list[Step] = []
         inner = Pipeline(self.passes, self.name, self.repeat, self.limit).with_callback(steps.append)
         return inner(program), steps
 
-    def _widened(
-        self, program: Program, best: Result, steps: list[Step], target: Target
-    ) -> tuple[Result, list[Step]]:
+    def _widened(self, program: Program, minimal: Run, target: Target) -> Run:
         """The fastest by the target's estimate of the minimal network and those that follow from it."""
+        best, steps = minimal
         pins: Pins = program.pinned
         for _ in range(ROUNDS):
             wanted = widths_of(best.program, program, target).pins()
@@ -132,6 +159,24 @@ class Widths:
         total = self.network.seconds(self.target, self.width, touched)
         self.now[coupling] = held
         return total
+
+    def questions(self) -> Iterator[Question]:
+        """Every layer at all the widths that its couplings may get."""
+        for layer, x, y in self.network.layers:
+            outputs = self._options(y)
+            for width in self._options(x):
+                yield from ((layer, width, other) for other in ((width,) if x == y else outputs))
+
+    def _options(self, coupling: Coupling) -> list[int]:
+        """The widths that a coupling may get, alone or with the parts that are concatenated to it."""
+        own = self._candidates(coupling) if coupling in self.room else [self.before[coupling]]
+        more = [
+            [width - self.before[part] for width in self._candidates(part)]
+            for part in self.concatenations.get(coupling, ())
+            if part in self.room
+        ]
+        totals = {width + sum(added) for width, *added in product(own, *more[:MOST_PARTS])}
+        return sorted(totals)
 
     def width(self, coupling: Coupling) -> int:
         """The channels that a coupling now has."""

@@ -21,11 +21,19 @@ from sbp_compile.errors import CompileError, OutputError, UsageError
 from sbp_compile.interruption import INTERRUPTIONS, interrupted_exit_code
 from sbp_compile.model_options import add_model_options, load
 from sbp_compile.output_options import WEIGHTS
+from sbp_compile.tuning_options import (
+    add_tuning_options,
+    check_tuning_options,
+    keep_times,
+    tuned,
+    tuning_files,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from sbp_compile.compiler import Compiled
+    from sbp_compile.timing import Progress
 
 DESCRIPTION = """\
 Turns a network trained with Structured Bayesian Pruning (or masked by any other method) into the small
@@ -106,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_output_options(parser)
     add_model_options(parser)
+    add_tuning_options(parser)
     proof = parser.add_argument_group("proof")
     proof.add_argument(
         "--inputs", type=Path, metavar="NPZ", help="verify on these inputs too: one array for each input name"
@@ -186,6 +195,7 @@ def run(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     """Refuse before any work what cannot end well."""
     output_options(options).check(options.output)
+    check_tuning_options(options)
     if options.time and options.output.suffix != ".onnx":
         raise UsageError(f"--time needs an .onnx output, not {options.output.name!r}")
     if options.time:
@@ -195,7 +205,7 @@ def _check(options: argparse.Namespace) -> None:
     taken = {options.model.resolve(): "the model"}
     if options.apply is not None:
         taken[options.apply.resolve()] = "the recipe to apply"
-    for path in written_paths(options):
+    for path in (*written_paths(options), *tuning_files(options)):
         _check_output(path)
         if path.resolve() in taken:
             raise UsageError(f"{str(path)!r} is {taken[path.resolve()]} itself; give the output another name")
@@ -211,14 +221,14 @@ def _compile(options: argparse.Namespace, console: Console) -> Compiled:
     from sbp_compile.compiler import compile_file
     from sbp_compile.recipe import load_recipe
 
-    pipeline = None
-    if options.fewest_macs or options.target != "cpu":
-        target = this_cpu() if options.target == "cpu" else TARGETS[options.target]
-        pipeline = default_pipeline(FewestMacs() if options.fewest_macs else None, target)
+    table = this_cpu() if options.target == "cpu" else TARGETS[options.target]
     recipe = None if options.apply is None else load_recipe(options.apply)
-    with console.status("reading the model") as status:
+    with _stages(options, console) as progress:
+        progress(0.0, "reading the model")
+        target, tuner = tuned(options, table, progress)
+        pipeline = default_pipeline(FewestMacs() if options.fewest_macs else None, target, tuner)
         model = load(options)
-        status.update("compiling")
+        progress(0.0, "compiling")
         compiled = compile_file(
             model,
             verify=not options.no_verify,
@@ -226,13 +236,27 @@ def _compile(options: argparse.Namespace, console: Console) -> Compiled:
             pipeline=pipeline,
             recipe=recipe,
         )
-        status.update("writing and verifying")
+        keep_times(options, tuner)
+        progress(1.0, "writing and verifying")
         compiled.save(options.output, **dataclasses.asdict(output_options(options)))
     console.print(compiled.report)
     console.print(
         f"[bold]{escape(str(options.output))}[/bold]: {_proof(compiled)}", highlight=False, soft_wrap=True
     )
     return compiled
+
+
+@contextmanager
+def _stages(options: argparse.Namespace, console: Console) -> Iterator[Progress]:
+    """Show what is being done; while layers are timed, by a bar without a thread of its own."""
+    if options.tune is not None:
+        from sbp_compile.timing import progress_bar
+
+        with progress_bar(console) as progress:
+            yield progress
+    else:
+        with console.status("") as status:
+            yield lambda fraction, text: status.update(text)
 
 
 def _proof(compiled: Compiled) -> str:
