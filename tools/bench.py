@@ -1,6 +1,7 @@
 """The benchmark: what the compiler makes, against the dense network and the minimal one, in onnxruntime.
 
-    python tools/bench.py [--network NAME]... [--batch 1,16,64] [--threads 1,2] [--budget S] [--json FILE] [--write]
+    python tools/bench.py [--network NAME]... [--batch 1,16,64] [--threads 1,2] [--budget S] [--tune S]
+                          [--json FILE] [--write]
 
 For each network four files are timed in turns in one process:
 
@@ -8,7 +9,8 @@ For each network four files are timed in turns in one process:
 - minimal: built by hand from the kept counts, for timing only (where constants meet a zero padding it is another
   function);
 - fewest: ours with `--target none`, exact;
-- ours: what the compiler writes by default for this processor, exact.
+- ours: what the compiler writes by default for this processor, exact;
+- tuned: with `--tune` at one thread and batch 1 (left out with `--tune 0`).
 """
 
 from __future__ import annotations
@@ -33,22 +35,24 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
 
 import sbp_compile
-from passes import CountingModel, default_pipeline
+from passes import CountingModel, default_pipeline, this_cpu
 from sbp_compile.atomic import write_atomically
 from sbp_compile.compiler import Compiled
 from sbp_compile.timing import Comparison, compare, environment, progress_bar
 from sbp_compile.timing.session import open_session
+from sbp_compile.tuning import LayerTimes, OnnxruntimeTuner
 
 RESULT = Path(__file__).resolve().parents[1] / "docs" / "results" / "bench.md"
 PEAK_SIZE = 1536
-OURS, DENSE, MINIMAL, FEWEST = "ours", "dense", "minimal", "fewest"
+OURS, DENSE, MINIMAL, FEWEST, TUNED = "ours", "dense", "minimal", "fewest", "tuned"
 HEADER = """\
 # Benchmark
 
 Masked networks in onnxruntime {onnxruntime}, {processor}; all files of a row take turns in one process, with 95%
 intervals. "dense": the plain architecture, no noise layers left. "minimal": built by hand from the kept counts, for
 timing only: with constants at padded borders it is another function. "fewest": ours with `--target none`. "ours":
-the default. Masks: the paper's counts, or half of all channels behind every norm at random.
+the default. "tuned": ours with `--tune {tune:g}` at one thread and batch 1. Masks: the paper's counts, or half of all
+channels behind every norm at random.
 
 Command: `{command}`
 
@@ -90,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.network and case.name not in options.network:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            files, macs = build(case, Path(folder))
+            files, macs, note = build(case, Path(folder), options.tune)
+            console.print(f"{case.name}: {note}", markup=False, highlight=False)
             for threads in options.threads:
                 for batch in options.batch:
                     with progress_bar(console) as progress:
@@ -103,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         write_atomically(
                             options.json, json.dumps([asdict(row) for row in rows], indent=1) + "\n"
                         )
-    text = page(rows, peaks, arguments)
+    text = page(rows, peaks, options, arguments)
     console.print("\n".join(summary(rows)), markup=False, highlight=False)
     if options.write:
         write_atomically(RESULT, text)
@@ -117,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=_numbers, default=(1, 16, 64), metavar="N[,N]")
     made.add_argument("--threads", type=_numbers, default=(1, 2), metavar="N[,N]")
     made.add_argument("--budget", type=float, default=30.0, metavar="S", help="seconds for each row (30)")
+    made.add_argument("--tune", type=float, default=30.0, metavar="S", help="seconds for each network (30)")
     made.add_argument("--json", type=Path, metavar="FILE")
     made.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
     return made
@@ -126,25 +132,28 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def build(case: Case, folder: Path) -> tuple[dict[str, Path], dict[str, int]]:
-    """The files of a network, ours first, and their multiply-adds."""
+def build(case: Case, folder: Path, tune: float) -> tuple[dict[str, Path], dict[str, int], str]:
+    """The files of a network, ours first, their multiply-adds, and what tuning says."""
     torch.manual_seed(0)
     network, example = case.make(), torch.rand(2, *case.shape)
-    ours = sbp_compile.compile(network, example)
-    fewest = sbp_compile.compile(network, example, pipeline=default_pipeline())
-    minimal = _minimal(case, network, example)
-    files = {name: folder / f"{name}.onnx" for name in (OURS, DENSE, MINIMAL, FEWEST)}
-    ours.save(files[OURS])
-    fewest.save(files[FEWEST])
-    ours.write_onnx(files[DENSE], ours.dense)
-    minimal.write_onnx(files[MINIMAL])
-    macs = {
-        OURS: ours.report.after.macs,
-        DENSE: ours.report.before.macs,
-        MINIMAL: minimal.report.after.macs,
-        FEWEST: fewest.report.after.macs,
+    made = {
+        OURS: sbp_compile.compile(network, example),
+        FEWEST: sbp_compile.compile(network, example, pipeline=default_pipeline()),
     }
-    return files, macs
+    said = "not tuned"
+    if tune:
+        tuner = OnnxruntimeTuner(LayerTimes.of_this_machine(), tune)
+        pipeline = default_pipeline(target=this_cpu(), tuner=tuner)
+        made[TUNED] = sbp_compile.compile(network, example, pipeline=pipeline)
+        said = next(note.text for note in made[TUNED].report.notes if note.where == "tuning")
+    files = {name: folder / f"{name}.onnx" for name in (OURS, DENSE, MINIMAL, *list(made)[1:])}
+    for name, compiled in made.items():
+        compiled.save(files[name])
+    made[OURS].write_onnx(files[DENSE], made[OURS].dense)
+    made[MINIMAL] = _minimal(case, network, example)
+    made[MINIMAL].write_onnx(files[MINIMAL])
+    macs = {name: compiled.report.after.macs for name, compiled in made.items()}
+    return files, {**macs, DENSE: made[OURS].report.before.macs}, said
 
 
 def _minimal(case: Case, network: torch.nn.Module, example: torch.Tensor) -> Compiled:
@@ -187,14 +196,18 @@ def peak(threads: int) -> float:
     return PEAK_SIZE**3 / best
 
 
-TITLES = ("network", "threads", "batch", "MACs left", "dense", "minimal", "fewest", "ours", "over dense",
-          "over minimal", "over fewest", "of the peak: dense, minimal, ours")  # fmt: skip
+TITLES = ("network", "threads", "batch", "MACs left", "dense", "minimal", "fewest", "ours", "tuned", "over dense",
+          "over minimal", "over fewest", "tuned over ours", "of the peak: dense, minimal, ours")  # fmt: skip
 
 
 def line(row: Row, peaks: dict[int, float]) -> str:
     """One row of the table; speed-ups are those of ours."""
-    times = [f"{row.medians[name] * 1e6:,.0f} us" for name in (DENSE, MINIMAL, FEWEST, OURS)]
+    times = [
+        f"{row.medians[name] * 1e6:,.0f} us" if name in row.medians else ""
+        for name in (DENSE, MINIMAL, FEWEST, OURS, TUNED)
+    ]
     ups = [_speed_up(row.ratios[name]) for name in (DENSE, MINIMAL, FEWEST)]
+    ups.append(_times(row.ratios[TUNED]) if TUNED in row.ratios else "")
     shares = [
         f"{row.macs[name] * row.batch / row.medians[name] / peaks[row.threads]:.0%}"
         for name in (DENSE, MINIMAL, OURS)
@@ -205,7 +218,12 @@ def line(row: Row, peaks: dict[int, float]) -> str:
 
 
 def _speed_up(ratio: tuple[float, float, float]) -> str:
-    return f"{1 / ratio[0]:.2f}x ({1 / ratio[2]:.2f} to {1 / ratio[1]:.2f})"
+    """How much faster ours is, from its time over the other's."""
+    return _times((1 / ratio[0], 1 / ratio[2], 1 / ratio[1]))
+
+
+def _times(ratio: tuple[float, float, float]) -> str:
+    return f"{ratio[0]:.2f}x ({ratio[1]:.2f} to {ratio[2]:.2f})"
 
 
 def summary(rows: Sequence[Row]) -> Iterator[str]:
@@ -222,13 +240,18 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
             yield f"- {row.network}: {1 / row.ratios[DENSE][0]:.2f}x over dense; the paper has {row.paper}x."
 
 
-def page(rows: Sequence[Row], peaks: dict[int, float], arguments: Sequence[str] | None) -> str:
+def page(
+    rows: Sequence[Row],
+    peaks: dict[int, float],
+    options: argparse.Namespace,
+    arguments: Sequence[str] | None,
+) -> str:
     """docs/results/bench.md."""
     command = " ".join(["python tools/bench.py", *(sys.argv[1:] if arguments is None else arguments)])
     table = [f"| {' | '.join(TITLES)} |", "|---" * len(TITLES) + "|", *(line(row, peaks) for row in rows)]
     doubts = sorted({f"- {row.network}, batch {row.batch}: {text}" for row in rows for text in row.warnings})
     parts = [
-        HEADER.format(**environment(), command=command),
+        HEADER.format(**environment(), command=command, tune=options.tune),
         "\n".join(summary(rows)),
         "\n".join(
             f"- Peak (a {PEAK_SIZE}^3 matrix product), {n} threads: {rate / 1e9:.0f} G MACs/s"
