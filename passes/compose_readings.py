@@ -47,6 +47,7 @@ class ComposeReadings:
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 composer.rewriter.placeholder(node)
+                composer.known.add(composer.rewriter.env[node])
             elif node.op == "call_function":
                 new = composer.composed(node)
                 composer.changed |= new is not None
@@ -87,6 +88,7 @@ class _Composer:
     chains: dict[fx.Node, tuple[tuple[fx.Node, Layout], ...]] = field(default_factory=dict)
     held: dict[tuple[fx.Node, int, bytes], fx.Node] = field(default_factory=dict)
     shared: set[fx.Node] = field(default_factory=set)
+    known: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.rewriter = Rewriter(self.program)
@@ -106,10 +108,15 @@ class _Composer:
         return None
 
     def remember(self, node: fx.Node) -> None:
-        """Note what the new value of a call reads, for those after it."""
-        if node not in self.program.infos or node.op != "call_function":
+        """Note what the new value of a call reads, for those after it.
+
+        Nothing of a value that was there before (x, for a flip of a flip of x): it would read itself.
+        """
+        new = self.rewriter.env[node]
+        if new in self.known or node not in self.program.infos:
             return
-        op, new = self.program.op(node), self.rewriter.env[node]
+        self.known.add(new)
+        op = self.program.op(node)
         rule = rule_for(op)
         if isinstance(rule, Concatenate) and op.out.is_static(joined_axis(op)):
             axis = joined_axis(op)

@@ -96,3 +96,22 @@ def test_a_concatenation_that_others_read_is_joined_as_it_is():
     small = check(Dense(), torch.randn(2, 3, 4, 4))
     joined = [node for node in small.calls() if node.target is aten.cat.default]
     assert [len(node.args[0]) for node in joined] == [2] * 12
+
+
+def again(back):
+    """Reads a value that has moved back to itself, in pieces, and forth once more."""
+    return torch.cat([back.flip(1)[:, :3], back[:, 2:5]], 1) + torch.cat([back[:, 2:], back[:, :2]], 1)[:, :6]
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        lambda x: x.flip(1).flip(1),
+        lambda x: x[:, [1, 2, 0, 4, 5, 3]][:, [2, 0, 1, 5, 3, 4]],
+        lambda x: torch.cat(x.split(2, 1), 1),
+        lambda x: F.channel_shuffle(F.channel_shuffle(x, 2), 3),
+    ],
+    ids=["flip", "permutation", "split", "shuffle"],
+)
+def test_what_has_moved_back_to_itself_is_read_as_itself(back):
+    assert calls(lambda x: again(back(x)), 3, 6, 4) == calls(again, 3, 6, 4)
