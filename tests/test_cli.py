@@ -476,7 +476,7 @@ def test_a_network_that_changes_its_state_is_refused(
     assert "the model changes its state while it runs (buffer_mutation 'calls')" in line
 
 
-def broken_pipeline(target: object) -> Pipeline:
+def broken_pipeline(*options: object) -> Pipeline:
     class Break:
         name = "break"
 
@@ -490,7 +490,7 @@ def broken_pipeline(target: object) -> Pipeline:
 def test_a_small_network_that_disagrees_is_not_written(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sbp_compile.compiler.default_pipeline", broken_pipeline)
+    monkeypatch.setattr("passes.default_pipeline", broken_pipeline)
     (tmp_path / "small.onnx").write_bytes(b"old")
     line = fails(capsys, 6, model_file, "-o", tmp_path / "small.onnx")
     assert "output 0 differs by" in line

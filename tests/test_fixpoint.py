@@ -16,9 +16,18 @@ from networks import NETWORKS, Places, as_trained
 SIZE = torch.ops.aten.sym_size.int
 
 
-@pytest.mark.parametrize("name", ["LeNet-5", "ResNet", "DenseNet"])
-@pytest.mark.parametrize("placement", ["before norm", "everywhere"])
-def test_compiling_the_compiled_network_gives_the_same_network(name, placement):
+@pytest.mark.parametrize(
+    ("placement", "name"),
+    [
+        ("before norm", "LeNet-5"),
+        ("before norm", "ResNet"),
+        ("before norm", "DenseNet"),
+        ("everywhere", "LeNet-5"),
+        pytest.param("everywhere", "ResNet", marks=pytest.mark.slow),
+        pytest.param("everywhere", "DenseNet", marks=pytest.mark.slow),
+    ],
+)
+def test_compiling_the_compiled_network_gives_the_same_network(placement, name):
     torch.manual_seed(0)
     network = as_trained(NETWORKS[name](Places(placement)), 0.5)
     example = torch.randn(2, *network.shape)

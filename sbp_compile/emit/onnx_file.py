@@ -22,6 +22,7 @@ from passes.ir.analysis import size_source
 from passes.ir.program import Input, Program, TensorInfo
 from sbp_compile.capture.export import quiet_export
 from sbp_compile.emit.module import emit_graph_module
+from sbp_compile.emit.onnx_gathers import gather_rows
 from sbp_compile.errors import UnsupportedModelError, UsageError
 from sbp_compile.output_options import OPSET
 
@@ -199,6 +200,7 @@ def _cleaned(proto: onnx.ModelProto, output_names: list[str]) -> onnx.ModelProto
             tensor.name = f"{name}.inner"
     for tensor, name in zip(graph.outputs, output_names, strict=True):
         tensor.name = name
+    gather_rows(graph)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = proto.ir_version
