@@ -45,6 +45,7 @@ LAWS = (
     "test_the_rewritten_op_gives_the_kept_entries",
 )
 LONGEST = 300.0
+FALLBACK = "tests/passes/test_shrinking.py"
 PER_CLASS = 2
 EXTRA = {
     "passes/rules/absorption.py": ("tests/passes/test_shrinking.py",),
@@ -134,7 +135,8 @@ def tests_of(path: str, paths: Sequence[str]) -> list[str]:
         for law in LAWS
     ]
     own = f"tests/passes/{folder}/test_{Path(path).stem}.py"
-    return [*laws, *dict.fromkeys(name for name in (own, *EXTRA.get(path, ())) if Path(name).exists())]
+    files = dict.fromkeys(name for name in (own, *EXTRA.get(path, ())) if Path(name).exists())
+    return [*laws, *files] or [FALLBACK]
 
 
 def dependents(path: str, paths: Iterable[str]) -> list[str]:
@@ -312,7 +314,8 @@ HEADER = """\
 
 Small changes of passes/rules and passes/ir, and whether the tests of the changed module notice: {drawn} mutants drawn
 from {total} (seed {seed}). What a mutant may be: tools/mutants.py. Which tests it meets: the three laws for a few
-overloads of each rule class that the module serves, and the test files named after it or in EXTRA of tools/mutation.py;
+overloads of each rule class that the module serves, and the test files named after it or in EXTRA of tools/mutation.py
+(FALLBACK where there are none);
 what survives here may still be noticed by the rest of the suite.
 
 Command: `python tools/mutation.py --mutants {drawn} --seed {seed} --write`
