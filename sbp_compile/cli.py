@@ -241,7 +241,9 @@ def _compile(options: argparse.Namespace, console: Console) -> Compiled:
         compiled.save(options.output, **dataclasses.asdict(output_options(options)))
     console.print(compiled.report)
     console.print(
-        f"[bold]{escape(str(options.output))}[/bold]: {_proof(compiled)}", highlight=False, soft_wrap=True
+        f"[bold]{escape(str(options.output))}[/bold]: {_proof(compiled, int8=options.int8 is not None)}",
+        highlight=False,
+        soft_wrap=True,
     )
     return compiled
 
@@ -259,13 +261,14 @@ def _stages(options: argparse.Namespace, console: Console) -> Iterator[Progress]
             yield lambda fraction, text: status.update(text)
 
 
-def _proof(compiled: Compiled) -> str:
+def _proof(compiled: Compiled, *, int8: bool) -> str:
     proof = compiled.report.verification
     if proof is None:
         return "written without verification"
+    what = "the float file that the 8-bit one is made of" if int8 else "as written"
     runtimes = " and ".join(name.removesuffix("ExecutionProvider") for name in proof.runtimes)
     return (
-        f"same function: error {proof.float64_error:.1e} in float64, {proof.file_error:.1e} as written "
+        f"same function: error {proof.float64_error:.1e} in float64, {proof.file_error:.1e} {what} "
         f"(run by {runtimes}; tolerance {proof.file_tolerance:.0e}), on {proof.examples} examples"
     )
 
@@ -278,6 +281,9 @@ def _time(options: argparse.Namespace, compiled: Compiled, console: Console) -> 
     with tempfile.TemporaryDirectory() as folder:
         files = {"dense": Path(folder) / "dense.onnx", "small": options.output}
         compiled.write_onnx(files["dense"], compiled.dense)
+        if options.int8 is not None:
+            files = {"dense": files["dense"], "small": Path(folder) / "small.onnx", "int8": options.output}
+            compiled.write_onnx(files["small"])
         for batch in options.batch:
             with progress_bar(console) as progress:
                 comparison = compare(

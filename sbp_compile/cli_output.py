@@ -25,6 +25,12 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fp16-io", action="store_true", help="with --fp16: inputs and outputs in half precision, too"
     )
+    group.add_argument(
+        "--int8",
+        type=Path,
+        metavar="NPZ",
+        help="an .onnx file in 8 bits, calibrated on the example inputs in NPZ (and compared by its 'labels')",
+    )
     recipes = parser.add_argument_group("recipes (docs/recipes.md)")
     recipes.add_argument(
         "--recipe", type=Path, metavar="FILE", help="write which channels were kept and removed, and why"

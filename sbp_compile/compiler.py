@@ -80,6 +80,7 @@ class Compiled:
         start = time.perf_counter()
         proof = save_verified(self, Path(path), _output_options(options))
         if proof is not None:
+            self.report = dataclasses.replace(self.report, notes=(*self.report.notes, *proof.notes))
             self._proven(file_error=proof.error, file_tolerance=proof.tolerance, runtimes=proof.runtimes)
         seconds = {**self.report.seconds, "emission": time.perf_counter() - start}
         self.report = dataclasses.replace(self.report, seconds=seconds)

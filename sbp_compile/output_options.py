@@ -20,13 +20,15 @@ class OutputOptions:
 
     `opset`: of an ONNX file (None: 20). `external_data`: weights of an ONNX file in a second file, whatever their
     size. `fp16`: weights and computation in half precision; inputs and outputs as in the original. `fp16_io`: inputs
-    and outputs in half precision, too.
+    and outputs in half precision, too. `int8`: an .npz file with example inputs (and `labels`), for an ONNX file in
+    8 bits that is calibrated on them.
     """
 
     opset: int | None = None
     external_data: bool = False
     fp16: bool = False
     fp16_io: bool = False
+    int8: Path | None = None
 
     def check(self, path: Path) -> None:
         """Raise `UsageError` where the suffix is not known or an option says nothing about such a file."""
@@ -34,8 +36,11 @@ class OutputOptions:
             raise UsageError(f"output {path.name!r} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
         if self.fp16_io and not self.fp16:
             raise UsageError("fp16_io needs fp16: half precision at the interface alone saves nothing")
-        for name in ("opset", "external_data"):
-            if getattr(self, name) not in (None, False) and path.suffix != ONNX:
+        if self.int8 is not None and (self.fp16 or self.external_data):
+            other = "fp16" if self.fp16 else "external_data"
+            raise UsageError(f"int8 and {other} exclude each other")
+        for name in ("opset", "external_data", "int8"):
+            if getattr(self, name) not in {None, False} and path.suffix != ONNX:
                 raise UsageError(f"{_flag(name)} is for .onnx outputs, not for {path.name!r}")
 
 

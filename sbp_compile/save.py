@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx
 import torch
 from torch import Tensor
 
+from passes.ir.pipeline import Note
 from passes.ir.program import Program
 from sbp_compile.atomic import atomic_folder
 from sbp_compile.capture.call import Call
 from sbp_compile.capture.model_file import save_program
 from sbp_compile.emit.exported import exported_program
 from sbp_compile.emit.half import with_half_interface
+from sbp_compile.emit.int8 import quantised
 from sbp_compile.emit.module import CompiledModule, compiled_module, emit_graph_module
 from sbp_compile.emit.onnx_file import external_data_pattern, onnx_model, save_onnx
 from sbp_compile.emit.source_file import is_unchanged, load_source, network_source
@@ -26,6 +30,7 @@ from sbp_compile.output_options import EXPORTED, ONNX, TORCHSCRIPT, WEIGHTS, Out
 from sbp_compile.verify import Reference, verify_module, verify_onnx
 from sbp_compile.verify_half import ROUNDED_TO_HALF, half_references, verify_half_arithmetic
 from sbp_compile.verify_inputs import random_inputs
+from sbp_compile.verify_int8 import fidelity, load_calibration
 
 if TYPE_CHECKING:
     from sbp_compile.compiler import Compiled
@@ -38,6 +43,7 @@ class FileProof:
     error: float
     tolerance: float
     runtimes: tuple[str, ...]
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,10 +118,26 @@ def _write_onnx(output: _Output, path: Path) -> FileProof | None:
     model = onnx_model(
         output.program, output.names, output.metadata, opset=output.options.opset, dtype=output.dtype
     )
+    if output.options.int8 is not None:
+        return _write_int8(output, model, path, output.options.int8)
     save_onnx(model, path, external_data=output.options.external_data)
     if not output.references:
         return None
     return FileProof(*verify_onnx(path, output.references, output.program, output.names, output.cause))
+
+
+def _write_int8(output: _Output, model: onnx.ModelProto, path: Path, examples: Path) -> FileProof | None:
+    """The exact file is proven as always and then quantised; how far that takes it is a note."""
+    calibration = load_calibration(examples, output.program)
+    with tempfile.TemporaryDirectory() as folder:
+        exact = Path(folder) / "exact.onnx"
+        save_onnx(model, exact)
+        proof = None
+        if output.references:
+            proof = FileProof(*verify_onnx(exact, output.references, output.program, output.names))
+        save_onnx(quantised(onnx.load(str(exact)), exact, calibration.feeds), path)
+        note = fidelity(exact, path, calibration)
+    return None if proof is None else replace(proof, notes=(note,))
 
 
 def _write_exported(output: _Output, path: Path) -> FileProof | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from passes.ir.program import Input, Program
@@ -72,7 +74,13 @@ def load_inputs(path: str | Path, program: Program) -> tuple[Tensor, ...]:
 
     A single array under another name will do for a network with one input. Raises `InputError`.
     """
-    arrays = read_arrays(path)
+    return inputs_of(read_arrays(path), path, program)
+
+
+def inputs_of(
+    arrays: Mapping[str, NDArray[np.generic]], path: str | Path, program: Program
+) -> tuple[Tensor, ...]:
+    """Return the arrays of an .npz file as inputs; raises as `load_inputs` does."""
     names = [entry.name for entry in program.inputs]
     if set(arrays) != set(names) and len(arrays) == len(names) == 1:
         arrays = {names[0]: next(iter(arrays.values()))}

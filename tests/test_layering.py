@@ -49,6 +49,7 @@ LAYERS = (
     "sbp_compile.verify",
     "sbp_compile.verify_half",
     "sbp_compile.verify_inputs",
+    "sbp_compile.verify_int8",
     "sbp_compile.save",
     "sbp_compile.recipe_layers",
     "sbp_compile.recipe_masks",
