@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.fuzz import checks, networks
 
-Found = tuple[networks.Spec, checks.Outcome | checks.FuzzError, Callable[[networks.Spec], object]]
+Found = tuple[int, networks.Spec, checks.Outcome | checks.FuzzError, Callable[[networks.Spec], object]]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,13 +67,13 @@ def graphs(seed: int, masks: int, onnx_every: int, folder: Path) -> Iterator[Fou
     while True:
         spec = networks.spec_of(seed)
         for variant, found in checks.check_variants(spec, masks):
-            yield variant, found, checks.check_passes
+            yield seed, variant, found, checks.check_passes
         if onnx_every and seed % onnx_every == 0:
             masked = replace(spec, masks=seed // onnx_every % masks)
             try:
-                yield masked, whole_path(masked), whole_path
+                yield seed, masked, whole_path(masked), whole_path
             except checks.FuzzError as failure:
-                yield masked, failure, whole_path
+                yield seed, masked, failure, whole_path
         seed += 1
 
 
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
         task = progress.add_task("graphs", total=options.graphs)
         source = graphs(options.seed, options.masks, options.onnx_every, Path(folder))
-        for number, (spec, found, check) in zip(range(1, options.graphs + 1), source, strict=False):
+        for number, (seed, spec, found, check) in zip(range(1, options.graphs + 1), source, strict=False):
             if isinstance(found, checks.FuzzError):
                 counts["failed"] += 1
                 report(console, spec, found, check)
@@ -100,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             progress.update(task, advance=1, description=f"graphs, {counts['failed']} failed")
             if number % options.say_every == 0 or number == options.graphs:
                 seconds = time.perf_counter() - start
-                console.print(f"{summary(counts)}, in {seconds:.0f} s; seeds {options.seed} to {spec.seed}")
+                said = f"{summary(counts)}, in {seconds:.0f} s; seeds {options.seed} to {seed}"
+                console.print(said, soft_wrap=True)
     return 1 if counts["failed"] else 0
 
 

@@ -8,18 +8,25 @@
 docs/latency.md says how the numbers are made and what they do not cover.
 """
 
+from sbp_compile.timing.cold import ColdStart, cold_start
 from sbp_compile.timing.measure import compare
+from sbp_compile.timing.profile import Profile, profile, profile_table
 from sbp_compile.timing.progress import Progress, progress_bar
 from sbp_compile.timing.result import Comparison, ModelTiming, Ratio, environment
 from sbp_compile.timing.session import require_provider
 
 __all__ = [
+    "ColdStart",
     "Comparison",
     "ModelTiming",
+    "Profile",
     "Progress",
     "Ratio",
+    "cold_start",
     "compare",
     "environment",
+    "profile",
+    "profile_table",
     "progress_bar",
     "require_provider",
 ]

@@ -110,6 +110,7 @@ class _Entry:
     runs: int = 0
     untimed: bool = False
     samples: list[float] = field(default_factory=list)
+    with_copies: list[float] = field(default_factory=list)
 
     def calibrate(self, fastest: float) -> None:
         """Fix the runs per sample at the first load, from the fastest run in seconds, for all loads alike."""
@@ -203,6 +204,8 @@ class _Run:
         total = [0.0] * len(runners)
         for index in itertools.chain(sequence, reversed(sequence)):
             total[index] += self._entries[index].visit(runners[index]) / 2
+        for index in sequence:
+            self._entries[index].with_copies.append(runners[index].seconds_with_copies())
         return total
 
     def _tell(self) -> None:
@@ -242,8 +245,10 @@ def _ratios(entries: Sequence[_Entry], differences: Floats) -> Iterator[Ratio]:
 
 
 def _timing(entry: _Entry, batch: int) -> ModelTiming:
-    median, p95 = (float(value) for value in np.percentile(entry.samples, [50, 95]))
-    return ModelTiming(entry.name, median, p95, batch / median, len(entry.samples), entry.runs)
+    p5, median, p95, p99 = (float(value) for value in np.percentile(entry.samples, [5, 50, 95, 99]))
+    copies = float(np.median(entry.with_copies))
+    throughput, samples = batch / median, len(entry.samples)
+    return ModelTiming(entry.name, median, p95, throughput, samples, entry.runs, p5, p99, copies)
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from rich.table import Table
 class ModelTiming:
     """Times of one model; a sample is the mean of `runs_per_sample` runs in a row.
 
-    `median_s` and `p95_s` are seconds per run over the samples; `throughput` is batch / median_s, in examples
-    per second.
+    `median_s`, `p5_s`, `p95_s` and `p99_s` are seconds per run over the samples; `throughput` is batch / median_s, in
+    examples per second; `with_copies_s` is the median of single runs from host memory to host memory, once a round.
     """
 
     name: str
@@ -29,6 +29,9 @@ class ModelTiming:
     throughput: float
     samples: int
     runs_per_sample: int
+    p5_s: float = 0.0
+    p99_s: float = 0.0
+    with_copies_s: float = 0.0
 
 
 @dataclass(frozen=True)
