@@ -1,7 +1,7 @@
 """The benchmark: what the compiler makes, against the dense network and the minimal one, in onnxruntime.
 
     python tools/bench.py [--network NAME]... [--batch 1,16,64] [--threads 1,2] [--budget S] [--tune S]
-                          [--json FILE] [--write]
+                          [--peers] [--json FILE] [--write]
 
 For each network four files are timed in turns in one process:
 
@@ -10,7 +10,9 @@ For each network four files are timed in turns in one process:
   function);
 - fewest: ours with `--target none`, exact;
 - ours: what the compiler writes by default for this processor, exact;
-- tuned: with `--tune` at one thread and batch 1 (left out with `--tune 0`).
+- tuned: with `--tune` at one thread and batch 1 (left out with `--tune 0`);
+- with `--peers`, in the rows of batch 1: what other tools make of it, where that is exact. They need the environment
+  of `make compare`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +31,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from bench_networks import CASES, Case, without_constants
+from bench_figure import draw
+from bench_networks import CASES, SHARE, Case, without_constants
 from onnx import TensorProto, helper
 from rich.console import Console
 
@@ -43,7 +47,9 @@ from sbp_compile.timing.session import open_session
 from sbp_compile.tuning import LayerTimes, OnnxruntimeTuner
 
 RESULT = Path(__file__).resolve().parents[1] / "docs" / "results" / "bench.md"
+FIGURE = RESULT.with_suffix(".svg")
 PEAK_SIZE = 1536
+PEERS = ("torch-pruning, careful", "torch-pruning, usual", "OpenVINO pruning")
 OURS, DENSE, MINIMAL, FEWEST, TUNED = "ours", "dense", "minimal", "fewest", "tuned"
 HEADER = """\
 # Benchmark
@@ -53,6 +59,8 @@ intervals. "dense": the plain architecture, no noise layers left. "minimal": bui
 timing only: with constants at padded borders it is another function. "fewest": ours with `--target none`. "ours":
 the default. "tuned": ours with `--tune {tune:g}` at one thread and batch 1. Masks: the paper's counts, or half of all
 channels behind every norm at random.
+
+![speed-up over dense against the ratio of multiply-adds](bench.svg)
 
 Command: `{command}`
 
@@ -89,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(arguments)
     console, rows = Console(soft_wrap=True), list[Row]()
+    failed: dict[tuple[str, str], str] = {}
     peaks = {threads: peak(threads) for threads in options.threads}
     for case in CASES:
         if options.network and case.name not in options.network:
@@ -96,11 +105,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             files, macs, note = build(case, Path(folder), options.tune)
             console.print(f"{case.name}: {note}", markup=False, highlight=False)
+            peers = peer_files(case, Path(folder)) if options.peers else {}
+            shown = {name: path for name, path in peers.items() if isinstance(path, Path)}
+            failed |= {(case.name, name): path for name, path in peers.items() if isinstance(path, str)}
             for threads in options.threads:
                 for batch in options.batch:
                     with progress_bar(console) as progress:
                         found = compare(
-                            files, batch=batch, threads=threads, budget_s=options.budget, progress=progress
+                            files | (shown if batch == 1 else {}),
+                            batch=batch,
+                            threads=threads,
+                            budget_s=options.budget,
+                            progress=progress,
                         )
                     rows.append(row_of(case, found, macs))
                     console.print(line(rows[-1], peaks), markup=False, highlight=False)
@@ -108,10 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         write_atomically(
                             options.json, json.dumps([asdict(row) for row in rows], indent=1) + "\n"
                         )
-    text = page(rows, peaks, options, arguments)
+    text = page(rows, peaks, failed, options, arguments)
     console.print("\n".join(summary(rows)), markup=False, highlight=False)
     if options.write:
         write_atomically(RESULT, text)
+        draw(rows, FIGURE)
     return 0
 
 
@@ -123,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=_numbers, default=(1, 2), metavar="N[,N]")
     made.add_argument("--budget", type=float, default=30.0, metavar="S", help="seconds for each row (30)")
     made.add_argument("--tune", type=float, default=30.0, metavar="S", help="seconds for each network (30)")
+    made.add_argument("--peers", action="store_true", help="other tools, too, at batch 1")
     made.add_argument("--json", type=Path, metavar="FILE")
     made.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
     return made
@@ -243,6 +261,7 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
 def page(
     rows: Sequence[Row],
     peaks: dict[int, float],
+    failed: dict[tuple[str, str], str],
     options: argparse.Namespace,
     arguments: Sequence[str] | None,
 ) -> str:
@@ -259,8 +278,52 @@ def page(
         ),
         "\n" + "\n".join(table) + "\n",
     ]
+    others = ["\n## Other tools\n", *peer_lines(rows, failed), ""] if options.peers else []
     doubtful = ["\n## Doubts\n", *doubts, ""] if doubts else []
-    return "\n".join([*parts, *doubtful])
+    return "\n".join([*parts, *others, *doubtful])
+
+
+def peer_files(case: Case, folder: Path) -> dict[str, Path | str]:
+    """What each tool made of a network, by name: an exact file for batch 1, or why there is none."""
+    spec = {"source": "bench", "network": case.name, "placement": "", "share": SHARE}
+    found: dict[str, Path | str] = {}
+    for number, tool in enumerate(PEERS):
+        place = folder / f"peer{number}" / "out"
+        place.mkdir(parents=True)
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("peers.py")),
+            tool,
+            json.dumps(spec),
+            str(place),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = place / "result.json"
+        row = json.loads(result.read_text()) if result.exists() else {"failure": done.stderr.strip()[-200:]}
+        is_exact = (
+            "file_error" in row and row["file_error"] <= row["file_bound"] and row["error"] <= row["bound"]
+        )
+        if is_exact and (place / "result.onnx").exists():
+            found[tool] = place / "result.onnx"
+        else:
+            found[tool] = row.get("failure") or f"not exact: error {row.get('error', math.nan):.1e}"
+    return found
+
+
+def peer_lines(rows: Sequence[Row], failed: dict[tuple[str, str], str]) -> Iterator[str]:
+    """A line for each network and tool: how much faster ours is at batch 1, or why there is no comparison."""
+    yield "Ours (the default) over what each tool made, where that is exact, at batch 1.\n"
+    yield "| network | tool | 1 thread | 2 threads |"
+    yield "|---|---|---|---|"
+    for network in dict.fromkeys(row.network for row in rows):
+        for tool in PEERS:
+            ratios = {
+                row.threads: _speed_up(row.ratios[tool])
+                for row in rows
+                if row.network == network and row.batch == 1 and tool in row.ratios
+            }
+            reason = failed.get((network, tool), "")
+            yield f"| {network} | {tool} | {ratios.get(1, reason)} | {ratios.get(2, '')} |"
 
 
 if __name__ == "__main__":

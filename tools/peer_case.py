@@ -34,7 +34,10 @@ OPSET = 20
 
 @dataclass(frozen=True)
 class Spec:
-    """Which network: one of tools/networks.py, or of the zoo; where its noise is, and the share of it that is off."""
+    """Which network: one of tools/networks.py or of the zoo; where its noise is, and the share of it that is off.
+
+    Or one of tools/bench_networks.py, which are masked as they are.
+    """
 
     source: str
     network: str
@@ -153,6 +156,13 @@ def build(spec: Spec, folder: Path) -> Case:
         architecture = ZOO[spec.network]
         network = masked_network(architecture, spec.placement, spec.share, spec.seed)
         example = architecture.example()
+    elif spec.source == "bench":
+        from bench_networks import CASES
+
+        case = next(case for case in CASES if case.name == spec.network)
+        torch.manual_seed(spec.seed)
+        network = case.make()
+        example = (torch.rand(2, *case.shape),)
     else:
         torch.manual_seed(spec.seed)
         network = as_trained(NETWORKS[spec.network](Places(spec.placement)), spec.share, spec.seed)
