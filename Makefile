@@ -9,6 +9,7 @@
 #   make mutation   MUTANTS small changes of the passes, and whether the tests notice
 #   make interrupts stop the command line while it writes, INTERRUPTS times in each way, and look at what is left
 #   make cuda       the checks and timings that need a GPU, in an environment of their own
+#   make bench-cuda the benchmark's networks on CUDA: float32, TF32, float16, onnxruntime and TorchScript
 #   make compare    the same networks through other tools, in an environment of their own (about an hour)
 #   make clean      remove what the targets made, the environment included
 
@@ -24,7 +25,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DEMO_MODEL := models/lenet5-sbp-digits.pt
 
-.PHONY: bench compare cuda demo test test-slow fuzz zoo rules mutation interrupts lint clean
+.PHONY: bench bench-cuda compare cuda demo test test-slow fuzz zoo rules mutation interrupts lint clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -63,6 +64,9 @@ cuda:
 	.venv-cuda/bin/python -m pip uninstall --quiet --yes onnxruntime
 	.venv-cuda/bin/python -m pip install --quiet onnxruntime-gpu==1.30.0
 	.venv-cuda/bin/python tools/cuda_check.py $(DEMO_MODEL) --write
+
+bench-cuda: cuda
+	.venv-cuda/bin/python tools/bench_cuda.py --write
 
 # One of the tools asks for torchvision, which would bring a torch of its own: hence --no-deps.
 compare:

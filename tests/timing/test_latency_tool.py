@@ -106,7 +106,7 @@ def test_threads_are_reported_with_their_spinning(
         ("cheap.onnx --batch 0", 2, "'0' is not a whole number of at least 1"),
         ("cheap.onnx --batch 1,x", 2, "'x' is not a whole number"),
         ("cheap.onnx --threads -1", 2, "--threads"),
-        ("cheap.onnx --provider tpu", 2, "provider 'tpu' is unknown: use cpu or cuda"),
+        ("cheap.onnx --provider tpu", 2, "provider 'tpu' is unknown: use cpu, cuda, cuda-tf32"),
         ("cheap.onnx --shape x", 2, "'x' is not NAME=SIZES"),
         ("cheap.onnx --shape z=3", 2, "shape 'z'"),
         ("cheap.onnx --target 2", 2, "target_half_width (=2.0)"),
