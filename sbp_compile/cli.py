@@ -112,6 +112,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="T",
         help=f"whose fast widths to choose: {', '.join(TARGET_NAMES)} (cpu: this one; none: the fewest channels)",
     )
+    parser.add_argument(
+        "--fill",
+        choices=("best",),
+        help="where a width is padded, switch the pruned channels with the highest signal-to-noise ratio on (another "
+        "function: the report says which, and the proof is against it)",
+    )
     add_output_options(parser)
     add_model_options(parser)
     add_tuning_options(parser)
@@ -235,6 +241,7 @@ def _compile(options: argparse.Namespace, console: Console) -> Compiled:
             input_file=options.inputs,
             pipeline=pipeline,
             recipe=recipe,
+            fill=options.fill is not None,
         )
         keep_times(options, tuner)
         progress(1.0, "writing and verifying")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from passes import Note, PassError, Pipeline, Program, Step, default_pipeline, this_cpu
+from passes import Canonicalize, Note, PassError, Pipeline, Program, Step, default_pipeline, this_cpu
 from sbp_compile.baseline import plain_architecture
 from sbp_compile.capture.call import Call, captured_call
 from sbp_compile.capture.example_inputs import exported_flags
@@ -29,6 +29,7 @@ from sbp_compile.errors import InputError, UnsupportedModelError, UsageError
 from sbp_compile.output_options import OutputOptions, option_names
 from sbp_compile.recipe import Recipe
 from sbp_compile.recipe_layers import LayerRecipe, layer_recipes
+from sbp_compile.refill import refilled
 from sbp_compile.report import Report, build_report
 from sbp_compile.save import save_verified
 from sbp_compile.verify import (
@@ -131,6 +132,7 @@ def compile(  # noqa: A001  # the public name; torch.compile and re.compile have
     inputs: Sequence[tuple[Tensor, ...]] = (),
     pipeline: Pipeline | None = None,
     recipe: Recipe | None = None,
+    fill: bool = False,
 ) -> Compiled:
     """Return the small network that computes what `module` computes in eval mode.
 
@@ -140,6 +142,8 @@ def compile(  # noqa: A001  # the public name; torch.compile and re.compile have
     in the order of the network's inputs). `pipeline`: the passes, those for this processor if not given
     (`passes.default_pipeline(target=passes.this_cpu())`).
     `recipe`: masks of another checkpoint to put into this one; the function is then that of the masked module.
+    `fill`: switch the pruned channels with the highest signal-to-noise ratio on where a width is padded anyway; the
+    function is then that of the module with these channels on (`sbp_compile.refill`).
 
     The module is left as it was, and shares no memory with the result. Raises `UsageError`, `InputError`,
     `UnsupportedModelError` or `VerificationError`.
@@ -167,6 +171,7 @@ def compile(  # noqa: A001  # the public name; torch.compile and re.compile have
         seconds=times,
         own=as_given,
         recipe=recipe,
+        fill=fill,
     )
 
 
@@ -204,26 +209,34 @@ def compile_exported(
     seconds: Mapping[str, float] | None = None,
     own: Callable[..., Any] | None = None,
     recipe: Recipe | None = None,
+    fill: bool = False,
     axis_names: Mapping[str, Mapping[int, str]] | None = None,
 ) -> Compiled:
     """Do the same for an exported program, the call it was captured with and example tensors.
 
     `input_file`: an .npz with further inputs to verify on. `own`: the network as the user runs it, to compare with; the
-    exported program itself if there is nothing else. `recipe`: see `compile`. `axis_names`: of dynamic axes, by input
-    and axis.
+    exported program itself if there is nothing else. `recipe`, `fill`: see `compile`. `axis_names`: of dynamic axes, by
+    input and axis.
     """
     times = dict(seconds or {})
     with _timed(times, "capture"):
         original = program_from_export(exported, axis_names)
         if recipe is not None:
             original = recipe.apply(original)
-            own = compiled_module(emit_graph_module(original), call)
+            own = _as_module(original, call)
     feeds = [check_inputs(original, feed) for feed in (examples, *inputs)]
     if input_file is not None:
         feeds.append(load_inputs(input_file, original))
     steps: list[Step] = []
+    pipeline = pipeline or default_pipeline(target=this_cpu())
+    filled: tuple[Note, ...] = ()
+    if fill:
+        with _timed(times, "filling"):
+            changed, filled = refilled(original, pipeline)
+            if changed is not original:
+                original, own = changed, _as_module(changed, call)
     with _timed(times, "passes"):
-        small, notes = _run_passes(pipeline or default_pipeline(target=this_cpu()), original, steps)
+        small, notes = _run_passes(pipeline, original, steps)
     dense = plain_architecture(original)
     references: tuple[Reference, ...] = ()
     proof = None
@@ -236,7 +249,7 @@ def compile_exported(
             error = verify_float64(original, small, references)
             proof = Verification(error, sum(_batch(entry.inputs) for entry in references))
     layers = layer_recipes(original, small, steps)
-    notes = (*_batch_notes(original), *notes, *(recipe.notes(layers) if recipe else ()))
+    notes = (*_batch_notes(original), *filled, *notes, *(recipe.notes(layers) if recipe else ()))
     report = build_report(dense, small, steps, notes, verification=proof, seconds=times)
     return Compiled(
         compiled_module(emit_graph_module(small), call),
@@ -252,6 +265,11 @@ def compile_exported(
         layers,
         recipe,
     )
+
+
+def _as_module(program: Program, call: Call) -> CompiledModule:
+    """Return a changed original as it would be used; noise becomes constants first, computed in float64."""
+    return compiled_module(emit_graph_module(Canonicalize()(program).program), call)
 
 
 @contextmanager

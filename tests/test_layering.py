@@ -54,6 +54,7 @@ LAYERS = (
     "sbp_compile.recipe_layers",
     "sbp_compile.recipe_masks",
     "sbp_compile.recipe",
+    "sbp_compile.refill",
     "sbp_compile.baseline",
     "sbp_compile.report",
     "sbp_compile.compiler",
