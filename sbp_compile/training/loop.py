@@ -1,31 +1,44 @@
-"""Dense pretraining, then training with noise: mean cross-entropy + KL / N, the loss of the paper's authors.
+"""Dense pretraining, then a method that prunes: phases of steps that can be taken up at any step.
 
-It is the variational lower bound, negated and per example (Neklyudov et al., NIPS 2017, arXiv 1705.07283,
-section 2), with a weight on each layer's KL.
+The loss of the noisy network is the variational lower bound, negated and per example (Neklyudov et al., NIPS 2017,
+arXiv 1705.07283, section 2), with a weight on each layer's KL.
+
+Nothing random carries over from step to step: the order of an epoch comes from (seed, phase, epoch), noise from
+(seed, phase, step, rank). So a checkpoint needs no random state, and a run that goes on is bitwise the run that was
+never stopped.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbp_compile.nn import elbo_loss, kl_divergence, noise_layers, parameter_groups
-from sbp_compile.training.data import ImageData, to_tensor
-from sbp_compile.training.models import Network
+from sbp_compile.errors import UsageError
+from sbp_compile.training.checkpoint import State, write_state
+from sbp_compile.training.distributed import World
+from sbp_compile.training.methods import Method, Pretraining, make_method
+from sbp_compile.training.networks import dense_network
 from sbp_compile.training.recipes import Phase, Recipe
-from sbp_compile.training.sparsity import kept_units, mac_ratio
+from sbp_compile.training.task import Task
+
+_BETAS = (0.95, 0.999)  # the authors' beta1
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of the log: the mean loss, then the state at the end; plain KL in nats, test error in %."""
+    """One line of the log: the mean loss, then the state at the end; plain KL in nats, test error in %.
+
+    With several processes the loss is that of the first one's examples.
+    """
 
     phase: str
     epoch: int
@@ -49,14 +62,34 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """The trained pair of networks and their test errors in %; `model` is masked in eval mode."""
+    """The networks and their errors in %: `model` is pruned in eval mode; `method` holds it and what was trained.
 
-    dense: Network
-    model: Network
+    `train_error` is on the training labels.
+    """
+
+    dense: nn.Module
+    model: nn.Module
+    method: Method
     dense_error: float
     masked_error: float
+    train_error: float
     kept: tuple[int, ...]
     mac_ratio: float
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How a run is carried out; only seed, precision and the number of processes change what comes out.
+
+    `precision`: bfloat16 or float16 compute the network under autocast, float16 with a scaled loss. `checkpoint`: the
+    file to write every `checkpoint_s` seconds and at the end of each phase.
+    """
+
+    seed: int = 0
+    precision: str = "float32"
+    world: World = field(default_factory=World)
+    checkpoint: Path | None = None
+    checkpoint_s: float = 30.0
 
 
 def predict(model: Callable[[Tensor], Tensor], images: Tensor, *, batch: int = 500) -> Tensor:
@@ -79,93 +112,188 @@ def evaluate(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) 
     return 100.0 * float(wrong.double().mean())
 
 
-def train(data: ImageData, recipe: Recipe, observer: Observer, *, seed: int = 0) -> Result:
-    """Train as `recipe` says; the same seed, data and thread count give the same result.
+def train(
+    task: Task,
+    recipe: Recipe,
+    method: str,
+    observer: Observer,
+    conditions: Conditions | None = None,
+    *,
+    state: State | None = None,
+) -> Result:
+    """Train as `recipe` says; the same seed, data and thread count give the same result, bitwise.
 
-    The global random state is left as it was.
+    `method`: "dense" or one of the recipe's. `state`: where to begin, as read from a checkpoint, or a fresh one; with
+    `state.dense` and phase 1 pretraining is left out. The global random state is left as it was.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return _train(data, recipe, observer)
+    conditions = conditions or Conditions()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        return _Training(task, recipe, method, observer, conditions, state or State({})).run()
 
 
-def _train(data: ImageData, recipe: Recipe, observer: Observer) -> Result:
-    task = _Task(data)
-    dense = recipe.network(noise=False)
-    _Run("dense", dense, recipe.dense, _adam(dense, recipe.dense)).over(task, observer)
-    model = with_noise(dense, recipe)
-    optimizer = _adam(model, recipe.sbp, recipe.noise_factor)
-    _Run("sbp", model, recipe.sbp, optimizer, recipe.kl_weights).over(task, observer)
-    errors = [evaluate(m, task.test_images, task.test_labels) for m in (dense, model)]
-    return Result(dense, model, errors[0], errors[1], kept_units(model), mac_ratio(model))
+class _Training:
+    """One run, from its state on."""
+
+    def __init__(
+        self,
+        task: Task,
+        recipe: Recipe,
+        method: str,
+        observer: Observer,
+        conditions: Conditions,
+        state: State,
+    ) -> None:
+        self.task, self.recipe, self.name, self.observer = task, recipe, method, observer
+        self.conditions, self.state = conditions, state
+        self.saved = time.perf_counter()
+
+    def run(self) -> Result:
+        torch.manual_seed(self.conditions.seed)
+        dense = dense_network(self.recipe.network, self.task.example).to(self.task.device)
+        self._check_outputs(dense)
+        if self.state.phase == 0:
+            self._phase("dense", Pretraining(dense, self.task.example), self.recipe.dense)
+            self.state.dense = dense.state_dict()
+            self._next_phase()
+        dense.load_state_dict(self.state.dense)
+        self.conditions.world.seed(self.conditions.seed, 1, 0)
+        method = self._pruned(dense) if self.name != "dense" else Pretraining(dense, self.task.example)
+        return self._result(dense, method)
+
+    def _check_outputs(self, dense: nn.Module) -> None:
+        shape, classes = tuple(predict(dense, self.task.example).shape), self.task.classes
+        if len(shape) != 2 or shape[1] < classes:
+            raise UsageError(
+                f"{self.recipe.network} gives {shape} for two images, the data set has {classes} classes: "
+                "it must give one logit for each class"
+            )
+
+    def _pruned(self, dense: nn.Module) -> Method:
+        settings = self.recipe.settings(self.name)
+        method = make_method(dense, self.task.example, settings)
+        self._phase(self.name, method, settings.phase)
+        return method
+
+    def _result(self, dense: nn.Module, method: Method) -> Result:
+        self.state.module, self.state.finished = method.module.state_dict(), True
+        self._save()
+        task, network = self.task, method.network()
+        kept, ratio = method.left()
+        return Result(
+            dense,
+            network,
+            method,
+            evaluate(dense, task.test_images, task.test_labels),
+            evaluate(network, task.test_images, task.test_labels),
+            evaluate(network, task.images, task.labels),
+            kept,
+            ratio,
+        )
+
+    def _next_phase(self) -> None:
+        self.state.phase, self.state.step, self.state.module, self.state.optimizer = 1, 0, {}, {}
+        if self.name != "dense":
+            self._save()
+
+    def _phase(self, name: str, method: Method, phase: Phase) -> None:
+        steps = _Steps(self, name, method, phase)
+        if self.state.module:
+            steps.restore(self.state)
+        steps.run()
+
+    def save_if_due(self, steps: _Steps) -> None:
+        """Write a checkpoint where the last one is old enough."""
+        due = time.perf_counter() - self.saved >= self.conditions.checkpoint_s
+        if due and self.conditions.checkpoint is not None and self.conditions.world.rank == 0:
+            steps.store(self.state)
+            self._save()
+
+    def _save(self) -> None:
+        if self.conditions.checkpoint is not None and self.conditions.world.rank == 0:
+            write_state(self.state, self.conditions.checkpoint)
+            self.saved = time.perf_counter()
 
 
-def with_noise(dense: Network, recipe: Recipe) -> Network:
-    """Build the network with noise layers at the recipe's start and the weights of `dense`."""
-    model = recipe.network(noise=True)
-    model.load_state_dict(model.state_dict() | dense.state_dict())
-    for layer in noise_layers(model):
-        nn.init.constant_(layer.log_sigma, recipe.init_log_sigma)
-    return model
+class _Steps:
+    """One phase: a module, its optimiser, and the steps that are left."""
 
+    def __init__(self, run: _Training, name: str, method: Method, phase: Phase) -> None:
+        self.run_, self.name, self.method, self.phase = run, name, method, phase
+        self.task, self.state = run.task, run.state
+        self.world, self.seed = run.conditions.world, run.conditions.seed
+        groups = method.groups(phase.learning_rate)
+        self.rates = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.Adam(groups, betas=_BETAS)
+        precision = run.conditions.precision
+        self.dtype = getattr(torch, precision) if precision != "float32" else None
+        self.scaler = torch.amp.GradScaler(self.task.device.type, enabled=precision == "float16")
+        self.called = self.world.wrap(method.module)
+        self.per_epoch = math.ceil(len(self.task.images) / phase.batch)
 
-def _adam(model: nn.Module, phase: Phase, noise_factor: float = 1.0) -> torch.optim.Adam:
-    groups = parameter_groups(model, phase.learning_rate, noise_factor=noise_factor)
-    for group in groups:
-        group["full_lr"] = group["lr"]
-    return torch.optim.Adam(groups, betas=(0.95, 0.999))  # the authors' beta1
+    def store(self, state: State) -> None:
+        state.module, state.optimizer = self.method.module.state_dict(), self.optimizer.state_dict()
+        state.scaler = self.scaler.state_dict()
 
+    def restore(self, state: State) -> None:
+        self.method.module.load_state_dict(state.module)
+        self.optimizer.load_state_dict(state.optimizer)
+        if state.scaler:
+            self.scaler.load_state_dict(state.scaler)
 
-class _Task:
-    """The data as tensors."""
+    def run(self) -> None:
+        total = self.per_epoch * self.phase.epochs
+        while self.state.step < total:
+            epoch, first = divmod(self.state.step, self.per_epoch)
+            self._epoch(epoch, first, total)
 
-    def __init__(self, data: ImageData):
-        self.images, self.labels = to_tensor(data.train_images), torch.from_numpy(data.train_labels)
-        self.test_images, self.test_labels = to_tensor(data.test_images), torch.from_numpy(data.test_labels)
+    def _epoch(self, epoch: int, first: int, total: int) -> None:
+        start = time.perf_counter()
+        begun = start - self.state.seconds
+        self.method.train()
+        order = self._order(epoch)
+        for batch in range(first, self.per_epoch):
+            self.world.seed(self.seed, self.state.phase, self.state.step)
+            index = order[batch * self.phase.batch : (batch + 1) * self.phase.batch]
+            loss = self._step(index, self.state.step, total)
+            self.state.step += 1
+            self.state.losses += loss / self.per_epoch
+            self.state.seconds = time.perf_counter() - begun
+            self.run_.observer.step(self.name, self.state.step, total, loss)
+            if batch + 1 < self.per_epoch:
+                self.run_.save_if_due(self)
+        self._end(epoch + 1)
+        self.run_.save_if_due(self)
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for index in torch.split(torch.randperm(len(self.images)), size):
-            yield self.images[index], self.labels[index]
+    def _order(self, epoch: int) -> Tensor:
+        sequence = np.random.SeedSequence((self.seed, self.state.phase, epoch, 1 << 32))
+        generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
+        return torch.randperm(len(self.task.images), generator=generator).to(self.task.device)
 
-
-@dataclass
-class _Run:
-    """One phase of training of one model."""
-
-    name: str
-    model: Network
-    phase: Phase
-    optimizer: torch.optim.Optimizer
-    kl_weights: Sequence[float] = ()
-
-    def over(self, task: _Task, observer: Observer) -> None:
-        per_epoch = math.ceil(len(task.images) / self.phase.batch)
-        total, done = per_epoch * self.phase.epochs, 0
-        for epoch in range(1, self.phase.epochs + 1):
-            start, losses = time.perf_counter(), 0.0
-            self.model.train()
-            for images, labels in task.batches(self.phase.batch):
-                self._set_rate(done / total)
-                loss = self._step(images, labels, len(task.images))
-                done, losses = done + 1, losses + loss / per_epoch
-                observer.step(self.name, done, total, loss)
-            observer.epoch(self._record(epoch, losses, task, time.perf_counter() - start))
-
-    def _set_rate(self, progress: float) -> None:
-        share = min(1.0, (1 - progress) / (1 - self.phase.hold))
-        for group in self.optimizer.param_groups:
-            group["lr"] = share * group["full_lr"]
-
-    def _step(self, images: Tensor, labels: Tensor, examples: int) -> float:
-        nll = F.cross_entropy(self.model(images), labels)
-        loss = elbo_loss(nll, self.model, examples, layer_weights=self.kl_weights)
+    def _step(self, index: Tensor, step: int, total: int) -> float:
+        share = min(1.0, (1 - step / total) / (1 - self.phase.hold))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = share * rate
+        mine, factor = self.world.share(index)
+        images, labels = self.task.batch(mine)
+        with torch.autocast(self.task.device.type, self.dtype, enabled=self.dtype is not None):
+            logits = self.called(images)
+        nll = F.cross_entropy(logits.float(), labels) * factor
+        loss = self.method.loss(nll, len(self.task.images), step, total)
         self.optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        self.optimizer.step()
+        torch.autograd.backward(self.scaler.scale(loss))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.method.after_step(share * self.phase.learning_rate)
         return loss.item()
 
-    def _record(self, epoch: int, loss: float, task: _Task, seconds: float) -> Epoch:
-        kl = float(kl_divergence(self.model).detach())
-        error = evaluate(self.model, task.test_images, task.test_labels)
-        kept, ratio = kept_units(self.model), mac_ratio(self.model)
-        return Epoch(self.name, epoch, loss, kl, kept, ratio, error, seconds)
+    def _end(self, epoch: int) -> None:
+        state = self.state
+        if self.world.rank == 0:
+            error = evaluate(self.method.network(), self.task.test_images, self.task.test_labels)
+            kept, ratio = self.method.left()
+            record = Epoch(
+                self.name, epoch, state.losses, self.method.divergence(), kept, ratio, error, state.seconds
+            )
+            self.run_.observer.epoch(record)
+            state.epochs.append(asdict(record))
+        state.losses = state.seconds = 0.0

@@ -78,7 +78,9 @@ def test_missing_digits_say_what_to_install(monkeypatch):
 
 
 def test_an_unknown_dataset_is_refused_with_the_known_ones():
-    with pytest.raises(DatasetError, match="'cats' is unknown: give digits, mnist"):
+    with pytest.raises(
+        DatasetError, match=r"'cats' is unknown: give digits, mnist, .*cifar10 or folder:PATH"
+    ):
         load("cats")
 
 
@@ -95,6 +97,10 @@ def test_other_digits_are_refused(tmp_path, monkeypatch):
     path.write_bytes(gzip.compress(b"0," * 784 + b"1"))
     with pytest.raises(DatasetError, match="SHA-256"):
         load_digits(path)
+
+
+def test_colour_images_keep_their_channels():
+    assert to_tensor(np.zeros((2, 3, 4, 5), dtype=np.uint8)).shape == (2, 3, 4, 5)
 
 
 def test_pixels_become_floats_in_the_unit_interval():
