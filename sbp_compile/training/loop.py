@@ -200,6 +200,7 @@ class _Training:
         if self.state.module:
             steps.restore(self.state)
         steps.run()
+        steps.store(self.state)
 
     def save_if_due(self, steps: _Steps) -> None:
         """Write a checkpoint where the last one is old enough."""

