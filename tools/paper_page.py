@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from paper_runs import CURVE, LENETS, METHODS, RUNS, SEEDS, Run
+from paper_runs import LENETS, METHODS, QUICK, RUNS, SEEDS, Run
 
 from sbp_compile.atomic import atomic_path, write_atomically
 from sbp_compile.timing import environment
@@ -115,6 +115,11 @@ def heading(*columns: str) -> str:
     return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
 
 
+def line(cells: Sequence[object]) -> str:
+    """Return a table's line."""
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
 def _row(network: str, method: str, rows: Sequence[Outcome]) -> str:
     speeds = [f"{mean(row.measured['speed'][batch][0] for row in rows):.2f}x" for batch in ("1", "64")]
     cells = (
@@ -127,7 +132,7 @@ def _row(network: str, method: str, rows: Sequence[Outcome]) -> str:
         *speeds,
         PAPER[network, method],
     )
-    return f"| {' | '.join(map(str, cells))} |\n"
+    return line(cells)
 
 
 def per_seed(found: dict[str, Outcome]) -> Iterator[str]:
@@ -135,13 +140,22 @@ def per_seed(found: dict[str, Outcome]) -> Iterator[str]:
     yield "### Structured Bayesian Pruning on the digits, each seed\n\n"
     yield heading("network", "seed", "dense error %", "error %", "kept", "MACs", "s", "CPU, 1", "differ")
     for network in LENETS:
-        for row in _seeds(found, network, "digits", "sbp"):
+        quick = [row for row in found.values() if (row.run.network, row.run.label) == (network, QUICK)]
+        for row in [*_seeds(found, network, "digits", "sbp"), *quick]:
             seconds = sum(epoch["seconds"] for epoch in row.log["epochs"] if epoch["phase"] == "sbp")
             low, high = row.measured["speed"]["1"][1:]
-            yield (
-                f"| {NAMES[network]} | {row.run.seed} | {row.log['dense_error']:.2f} | {row.error:.2f} | {row.kept} "
-                f"| {row.ratio:.2f}x | {seconds:.0f} | {low:.2f} to {high:.2f} | {row.measured['differ']} |\n"
+            cells = (
+                NAMES[network] + (", half as long" if row.run.label else ""),
+                row.run.seed,
+                f"{row.log['dense_error']:.2f}",
+                f"{row.error:.2f}",
+                row.kept,
+                f"{row.ratio:.2f}x",
+                f"{seconds:.0f}",
+                f"{low:.2f} to {high:.2f}",
+                row.measured["differ"],
             )
+            yield line(cells)
     yield (
         '\n"s": seconds of the epochs with noise, from a pretrained network, one thread beside other work. "Differ": '
         "test images on which the file's prediction is not the masked model's.\n\n"
@@ -185,7 +199,7 @@ def draw_curves(found: dict[str, Outcome], dataset: str, path: Path) -> bool:
     """Draw error against multiply-adds for each network and method; False where there is nothing."""
     from matplotlib.figure import Figure
 
-    chosen = [row for row in found.values() if row.run.dataset == dataset and not row.run.random_labels]
+    chosen = [row for row in found.values() if row.run.dataset == dataset and not row.run.label]
     chosen = [row for row in chosen if row.run.network in LENETS and row.measured["fewest_macs"]]
     if not chosen:
         return False
@@ -195,13 +209,12 @@ def draw_curves(found: dict[str, Outcome], dataset: str, path: Path) -> bool:
             rows = [row for row in chosen if (row.run.network, row.run.method) == (network, method)]
             rows.sort(key=lambda row: row.ratio)
             if rows:
-                line = "-" if method == "sbp" and len(CURVE) < len(rows) + 4 else ""
-                axis.plot(
-                    [r.ratio for r in rows], [r.error for r in rows], f"o{line}", label=METHOD_NAMES[method]
-                )
+                style = "o-" if method == "sbp" and dataset != "digits" else "o"
+                axis.plot([r.ratio for r in rows], [r.error for r in rows], style, label=METHOD_NAMES[method])
         axis.set(title=NAMES[network], xscale="log", xlabel="MACs, dense / left", ylabel="test error, %")
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.has_data():
+            axis.legend()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=90, metadata={"Software": None})
     return True

@@ -11,11 +11,14 @@ LENETS = ("lenet500300", "lenet5")
 METHODS = ("dense", "sparse-vd", "ssl", "sbp")
 CURVE = (0.1, 0.4, 2.0)  # pressures of the trade-off curves beside 1
 RANDOM_EPOCHS = 60
+QUICK = "quick"
+# Some hundred steps at high rates, on a stand-in for CIFAR-10: enough for structure to form, not for accuracy.
+SHORT_VGG = ("--epochs", "6", "--batch", "16", "--learning-rate", "0.003")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One call of tools/train.py; `more`: further options."""
+    """One call of tools/train.py; `more`: further options; `label`: what sets it apart from others."""
 
     network: str
     dataset: str
@@ -24,11 +27,12 @@ class Run:
     pressure: float = 1.0
     random_labels: bool = False
     more: tuple[str, ...] = ()
+    label: str = ""
 
     @property
     def name(self) -> str:
         """Return the stem of the run's files."""
-        labels = "-random" if self.random_labels else ""
+        labels = f"-{self.label}" if self.label else ""
         pressure = "" if self.pressure == 1.0 else f"-p{self.pressure:g}"
         return f"{self.network}-{self.dataset}{labels}-{self.method}{pressure}-{self.seed}"
 
@@ -55,11 +59,17 @@ def _runs() -> Iterator[Run]:
             yield Run(network, "fashion-mnist", method)
     for method, pressure in (("dropout", 1.0), ("sbp", 1.0), ("sbp", 3.0)):
         epochs = ("--dense-epochs", "0", "--epochs", str(RANDOM_EPOCHS))
-        yield Run("lenet500300", "digits", method, pressure=pressure, random_labels=True, more=epochs)
+        yield Run("lenet500300", "digits", method, 0, pressure, True, epochs, "random")
+    for seed in SEEDS:
+        yield Run("lenet5", "digits", "sbp", seed, more=("--epochs", "20"), label=QUICK)
     for dataset in ("digits", "fashion-mnist"):
         for network in LENETS:
             for pressure in CURVE:
                 yield Run(network, dataset, "sbp", pressure=pressure)
+    yield Run("vgg-like", "cifar10", "dense", more=("--dense-epochs", "4"))
+    for method in ("sbp", "sbpa"):
+        yield Run("vgg-like", "cifar10", method, pressure=10.0, more=SHORT_VGG)
+    yield Run("vgg-like", "cifar10", "sparse-vd", more=("--epochs", "2", "--learning-rate", "0.001"))
 
 
 RUNS = tuple(_runs())

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -31,6 +32,7 @@ from train_progress import ProgressReport, Silence
 from sbp_compile.atomic import write_atomically
 from sbp_compile.capture import save_model
 from sbp_compile.errors import CompileError, UsageError
+from sbp_compile.interruption import EXIT_CODES, INTERRUPTIONS, interrupted_exit_code, interruptible
 from sbp_compile.training import (
     METHODS,
     NETWORKS,
@@ -193,6 +195,7 @@ def run(args: argparse.Namespace, console: Console, device: str, world: World) -
     precision = choose_precision(args.precision, device)
     about, checkpoint = describe(args, recipe, precision), args.output.with_suffix(".ckpt")
     state = first_state(args, about, device, checkpoint)
+    world.meet()  # nobody writes the checkpoint before all have read it
     labels = args.seed if args.random_labels else None
     task = Task(data, device=device, augment=recipe.augment, random_labels=labels)
     conditions = Conditions(args.seed, precision, world, checkpoint, args.checkpoint_every)
@@ -215,17 +218,21 @@ def summary(output: Path, result: Result) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns the exit code."""
+    """Run the program; returns the exit code, 130 or 143 after Ctrl-C or SIGTERM."""
     args = parse(argv)
-    try:
-        check(args)
-        torch.set_num_threads(args.threads)
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        with joined(device) as world:
-            run(args, Console(), device, world)
-    except CompileError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return error.exit_code
+    with interruptible():
+        try:
+            check(args)
+            torch.set_num_threads(args.threads)
+            device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            with joined(device) as world:
+                run(args, Console(), device, world)
+        except CompileError as error:
+            print(f"train.py: {error}", file=sys.stderr)
+            return error.exit_code
+        except INTERRUPTIONS:
+            print("train.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+            return interrupted_exit_code() or EXIT_CODES[signal.SIGINT]
     return 0
 
 

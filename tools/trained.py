@@ -13,12 +13,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
+
+from paper_measure import runner
 
 from sbp_compile.atomic import write_atomically
 from sbp_compile.capture import load_model
@@ -100,17 +99,6 @@ def speed(models: dict[str, Path], batch: int, budget: float) -> str:
     """The speed-up with its interval."""
     ratio = compare(models, batch=batch, budget_s=budget).ratios[0]
     return f"{ratio.ratio:.1f}x ({ratio.ci_low:.1f} to {ratio.ci_high:.1f})"
-
-
-def runner(path: Path) -> Any:
-    """The file as a function from images to logits."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(np.asarray(session.run(None, {name: images.numpy()})[0]))
-
-    return run
 
 
 if __name__ == "__main__":

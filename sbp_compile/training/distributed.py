@@ -26,6 +26,11 @@ class World:
         """Return what is called in training: gradients are averaged over the processes in its backward pass."""
         return DistributedDataParallel(module) if self.size > 1 else module
 
+    def meet(self) -> None:
+        """Wait for the others."""
+        if self.size > 1:
+            distributed.barrier()
+
     def share(self, batch: Tensor) -> tuple[Tensor, float]:
         """Return this rank's examples of a batch, and the factor on their mean loss.
 

@@ -285,7 +285,13 @@ class _Steps:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.method.after_step(share * self.phase.learning_rate)
-        return loss.item()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UsageError(
+                f"the loss is {value} at step {step + 1} of {self.name}: give a lower --learning-rate, or --precision "
+                "float32"
+            )
+        return value
 
     def _end(self, epoch: int) -> None:
         state = self.state

@@ -183,6 +183,14 @@ def test_labels_beyond_the_outputs_are_refused(task):
         run(task, WEAK)
 
 
+def test_a_loss_that_is_no_number_stops_the_run(task):
+    diverging = Noise(Phase(3, batch=20, learning_rate=1e18))
+    with pytest.raises(
+        UsageError, match=r"the loss is (nan|inf) at step \d of it: give a lower --learning-rate"
+    ):
+        run(task, diverging)
+
+
 def test_random_labels_are_the_same_labels_in_another_order(idx_folder):
     data = load(f"folder:{idx_folder}")
     plain, shuffled = Task(data), Task(data, random_labels=1)

@@ -121,6 +121,15 @@ def test_images_that_do_not_fit_the_network_are_refused(tool, idx_folder, tmp_pa
     )
 
 
+def test_ctrl_c_is_a_line_and_an_exit_code(tool, idx_folder, tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(tool, "train", interrupt)
+    assert tool.main(options(idx_folder, tmp_path / "m.pt")) == 130
+    assert capsys.readouterr().err == "train.py: interrupted; --resume goes on from the last checkpoint\n"
+
+
 def start(arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
