@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
 
+import sweep
 from paper_measure import measure
 from paper_page import write_page
 from paper_runs import RUNS, Run
@@ -49,6 +50,16 @@ def measured(run: Run, folder: Path, data: dict[str, str], budget: float) -> Non
     print(f"-- {run.name}: {found}", flush=True)
 
 
+def swept(run: Run, folder: Path, data: dict[str, str]) -> None:
+    """Try thresholds and budgets on one trained network, without files and times, unless that was done."""
+    checkpoint, target = folder / f"{run.name}.ckpt", folder / f"{run.name}.sweep.json"
+    if not run.is_swept or not (folder / f"{run.name}.pt").exists():
+        return
+    if not target.exists() or target.stat().st_mtime < checkpoint.stat().st_mtime:
+        given = ["--data", data[run.dataset]] if run.dataset in data else []
+        sweep.main([str(checkpoint), *given, "--budget", "0", "--criteria", "snr", "macs", "-o", str(target)])
+
+
 def main() -> None:
     """Run the stages."""
     parser = argparse.ArgumentParser(
@@ -75,6 +86,7 @@ def main() -> None:
             train(run, options.folder, data, options.threads)
         if options.measure:
             measured(run, options.folder, data, options.budget)
+            swept(run, options.folder, data)
     write_page(options.folder)
 
 

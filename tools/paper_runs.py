@@ -36,6 +36,13 @@ class Run:
         pressure = "" if self.pressure == 1.0 else f"-p{self.pressure:g}"
         return f"{self.network}-{self.dataset}{labels}-{self.method}{pressure}-{self.seed}"
 
+    @property
+    def is_swept(self) -> bool:
+        """Tell whether the curve of the data set shows this network under other thresholds and budgets, too."""
+        return (self.method, self.seed, self.pressure, self.label) == ("sbp", 0, 1.0, "") and (
+            self.network in LENETS
+        )
+
     def arguments(self, folder: Path) -> list[str]:
         """Return what tools/train.py is told, but for the output."""
         given = [self.network, "--dataset", self.dataset, "--method", self.method, "--seed", str(self.seed)]
