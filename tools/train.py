@@ -12,6 +12,7 @@ gives bitwise the network that it would have given. The recipes are data: sbp_co
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import signal
@@ -107,6 +108,8 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')} (={value}) must be a positive number")
     if not args.output.parent.is_dir():
         raise UsageError(f"the folder of --output (={args.output}) does not exist: create it")
+    if args.figures and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("figures need matplotlib: pip install matplotlib, or pass --no-figures")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU here; leave the option out")
 

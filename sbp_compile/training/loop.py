@@ -218,14 +218,14 @@ class _Training:
 class _Steps:
     """One phase: a module, its optimiser, and the steps that are left."""
 
-    def __init__(self, run: _Training, name: str, method: Method, phase: Phase) -> None:
-        self.run_, self.name, self.method, self.phase = run, name, method, phase
-        self.task, self.state = run.task, run.state
-        self.world, self.seed = run.conditions.world, run.conditions.seed
+    def __init__(self, owner: _Training, name: str, method: Method, phase: Phase) -> None:
+        self.owner, self.name, self.method, self.phase = owner, name, method, phase
+        self.task, self.state = owner.task, owner.state
+        self.world, self.seed = owner.conditions.world, owner.conditions.seed
         groups = method.groups(phase.learning_rate)
         self.rates = [group["lr"] for group in groups]
         self.optimizer = torch.optim.Adam(groups, betas=_BETAS)
-        precision = run.conditions.precision
+        precision = owner.conditions.precision
         self.dtype = getattr(torch, precision) if precision != "float32" else None
         self.scaler = torch.amp.GradScaler(self.task.device.type, enabled=precision == "float16")
         self.called = self.world.wrap(method.module)
@@ -259,11 +259,11 @@ class _Steps:
             self.state.step += 1
             self.state.losses += loss / self.per_epoch
             self.state.seconds = time.perf_counter() - begun
-            self.run_.observer.step(self.name, self.state.step, total, loss)
+            self.owner.observer.step(self.name, self.state.step, total, loss)
             if batch + 1 < self.per_epoch:
-                self.run_.save_if_due(self)
+                self.owner.save_if_due(self)
         self._end(epoch + 1)
-        self.run_.save_if_due(self)
+        self.owner.save_if_due(self)
 
     def _order(self, epoch: int) -> Tensor:
         sequence = np.random.SeedSequence((self.seed, self.state.phase, epoch, 1 << 32))
@@ -301,6 +301,6 @@ class _Steps:
             record = Epoch(
                 self.name, epoch, state.losses, self.method.divergence(), kept, ratio, error, state.seconds
             )
-            self.run_.observer.epoch(record)
+            self.owner.observer.epoch(record)
             state.epochs.append(asdict(record))
         state.losses = state.seconds = 0.0

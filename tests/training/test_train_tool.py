@@ -114,6 +114,15 @@ def test_bad_input_is_one_line_an_exit_code_and_nothing_written(
     assert list(output.parent.iterdir()) == []
 
 
+def test_missing_matplotlib_is_said_before_training(tool, idx_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    own = options(idx_folder, tmp_path / "m.pt")
+    own.remove("--no-figures")
+    assert tool.main(own) == 2
+    assert "pip install matplotlib, or pass --no-figures" in capsys.readouterr().err
+    assert list(tmp_path.glob("m.*")) == []
+
+
 def test_images_that_do_not_fit_the_network_are_refused(tool, idx_folder, tmp_path, capsys):
     assert tool.main(options(idx_folder, tmp_path / "m.pt", network=("vgg-like",))) == 2
     assert (
