@@ -13,7 +13,7 @@ CURVE = (0.1, 0.4, 2.0)  # pressures of the trade-off curves beside 1
 RANDOM_EPOCHS = 60
 QUICK = "quick"
 # Some hundred steps at high rates, on a stand-in for CIFAR-10: enough for structure to form, not for accuracy.
-SHORT_VGG = ("--epochs", "6", "--batch", "16", "--learning-rate", "0.003")
+SHORT_VGG = ("--epochs", "8", "--batch", "16", "--learning-rate", "0.003")
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ def _runs() -> Iterator[Run]:
         for network in LENETS:
             for pressure in CURVE:
                 yield Run(network, dataset, "sbp", pressure=pressure)
-    yield Run("vgg-like", "cifar10", "dense", more=("--dense-epochs", "4"))
+    yield Run("vgg-like", "cifar10", "dense", more=("--epochs", "8", "--batch", "16"))
     for method in ("sbp", "sbpa"):
         yield Run("vgg-like", "cifar10", method, pressure=10.0, more=SHORT_VGG)
-    yield Run("vgg-like", "cifar10", "sparse-vd", more=("--epochs", "2", "--learning-rate", "0.001"))
+    yield Run("vgg-like", "cifar10", "sparse-vd", more=SHORT_VGG)
 
 
 RUNS = tuple(_runs())

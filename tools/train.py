@@ -119,10 +119,11 @@ def choose_recipe(args: argparse.Namespace, examples: int) -> Recipe:
     recipe = recipe_for(args.model or args.network, examples)
     if args.dense_epochs is not None:
         recipe = replace(recipe, dense=replace(recipe.dense, epochs=args.dense_epochs))
+    changes = (args.epochs, args.batch, args.learning_rate)
     if args.method == "dense":
-        return replace(recipe, methods={})
+        return replace(recipe, dense=changed(recipe.dense, *changes), methods={})
     settings = pressed(recipe.settings(args.method), args.pressure)
-    settings = changed(settings, args.epochs, args.batch, args.learning_rate)
+    settings = replace(settings, phase=changed(settings.phase, *changes))
     return replace(recipe, methods={args.method: settings})
 
 

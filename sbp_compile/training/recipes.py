@@ -218,8 +218,6 @@ def pressed(settings: Settings, factor: float) -> Settings:
     return settings
 
 
-def changed(settings: Settings, epochs: int | None, batch: int | None, rate: float | None) -> Settings:
-    """Return the same with another phase; None leaves a field as it is."""
-    old = settings.phase
-    phase = Phase(epochs or old.epochs, batch or old.batch, rate or old.learning_rate, old.hold)
-    return replace(settings, phase=phase)
+def changed(phase: Phase, epochs: int | None, batch: int | None, rate: float | None) -> Phase:
+    """Return another phase; None leaves a field as it is."""
+    return Phase(epochs or phase.epochs, batch or phase.batch, rate or phase.learning_rate, phase.hold)

@@ -80,6 +80,14 @@ def test_pretraining_is_shared_between_methods(tool, idx_folder, tmp_path):
     assert logs[0]["epochs"] == logs[1]["epochs"][:1]
 
 
+def test_the_dense_method_has_the_phase_that_is_asked_for(tool, idx_folder, tmp_path):
+    more = ["--method", "dense", "--epochs", "2", "--batch", "10"]
+    assert tool.main(options(idx_folder, tmp_path / "dense.pt", *more)) == 0
+    log = json.loads((tmp_path / "dense.json").read_text())
+    assert [epoch["phase"] for epoch in log["epochs"]] == ["dense", "dense"]
+    assert log["recipe"]["dense"]["batch"] == 10
+
+
 def test_a_network_without_anything_left_has_no_number_for_its_ratio(tool, idx_folder, tmp_path):
     more = ["--pressure", "1000", "--learning-rate", "0.1", "--random-labels", "--batch", "2"]
     assert tool.main(options(idx_folder, tmp_path / "none.pt", *more)) == 0
