@@ -60,11 +60,11 @@ def test_outputs_have_the_moments_of_random_weights(layer, x):
     sparse = sparse_from(layer, init_log_sigma2=-1.0)
     torch.manual_seed(0)
     with torch.no_grad():
-        samples = torch.cat([sparse(x) for _ in range(4000)])
-        weights = [layer.weight + math.exp(-0.5) * torch.randn_like(layer.weight) for _ in range(4000)]
+        samples = torch.cat([sparse(x) for _ in range(1500)])
+        weights = [layer.weight + math.exp(-0.5) * torch.randn_like(layer.weight) for _ in range(1500)]
         direct = torch.cat([torch.func.functional_call(layer, {"weight": w}, (x,)) for w in weights])
-    torch.testing.assert_close(samples.mean(0), direct.mean(0), rtol=0, atol=0.12)
-    torch.testing.assert_close(samples.std(0), direct.std(0), rtol=0.08, atol=0.0)
+    torch.testing.assert_close(samples.mean(0), direct.mean(0), rtol=0, atol=0.2)
+    torch.testing.assert_close(samples.std(0), direct.std(0), rtol=0.12, atol=0.0)
 
 
 def test_weights_that_are_mostly_noise_are_zero_in_eval_mode():

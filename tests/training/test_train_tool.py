@@ -56,7 +56,9 @@ def test_one_command_writes_a_model_a_log_and_a_checkpoint(tool, idx_folder, tmp
     torch.testing.assert_close(saved.example_inputs[0], images[:2])
 
 
-@pytest.mark.parametrize("method", ["sbp", "ssl", "sparse-vd"])
+@pytest.mark.parametrize(
+    "method", ["sbp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ssl", "sparse-vd"))]
+)
 def test_a_network_of_ones_own_trains_draws_and_compiles(tool, idx_folder, tmp_path, monkeypatch, method):
     (tmp_path / "own_network.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
@@ -165,6 +167,7 @@ def wait_for(path, seconds=60):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same_bits(tool, idx_folder, tmp_path, capsys):
     whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"
     steps = ["--dense-epochs", "4", "--epochs", "8", "--batch", "4", "--checkpoint-every", "0"]
