@@ -43,6 +43,12 @@ thread, in turns, at batch 1 and 64 ({processor}, other work on the machine). Th
 images, which is another task; error %; kept; CPU; MACs. GPU times: there was none.
 
 """
+# Network, data set, how many times fewer multiply-adds, and how many points of error above dense at the most.
+GOALS = (
+    ("lenet5", "digits", 10.49, 1.0),
+    ("lenet500300", "digits", 11.23, 1.0),
+    ("lenet5", "fashion-mnist", 2.5, 0.5),
+)
 NOTES = """\
 ## What was tried for the baselines
 
@@ -108,7 +114,7 @@ def outcomes(folder: Path) -> dict[str, Outcome]:
 def write_page(folder: Path) -> None:
     """Write the page and its figures."""
     found = outcomes(folder)
-    parts = [HEAD.format(**environment())]
+    parts = [HEAD.format(**environment()), *goals(found)]
     for dataset, title in (
         (
             "digits",
@@ -122,6 +128,18 @@ def write_page(folder: Path) -> None:
     parts += [*per_seed(found), *random_labels(found), *shortened(found)]
     parts.append(NOTES)
     write_atomically(RESULTS / "paper.md", "".join(parts).rstrip() + "\n")
+
+
+def goals(found: dict[str, Outcome]) -> Iterator[str]:
+    """Yield what was to be reached by Structured Bayesian Pruning, and what was."""
+    yield heading("goal", "seeds", "MACs", "error above dense")
+    for network, dataset, ratio, points in GOALS:
+        rows = _seeds(found, network, dataset, "sbp")
+        if rows:
+            above = mean(row.error - row.log["dense_error"] for row in rows)
+            wanted = f"{NAMES[network]}, {dataset}: {ratio:g}x, at most {points:g} points above dense"
+            yield line((wanted, len(rows), f"{_mean_ratio(rows):.2f}x", f"{above:+.2f}"))
+    yield "\n"
 
 
 def table(found: dict[str, Outcome], dataset: str) -> Iterator[str]:
