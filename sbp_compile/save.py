@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx
 import torch
 from torch import Tensor
 
 from passes.ir.program import Program
 from sbp_compile.atomic import atomic_folder
 from sbp_compile.capture.call import Call
+from sbp_compile.capture.interface import Interface
 from sbp_compile.capture.model_file import save_program
 from sbp_compile.emit.exported import exported_program
 from sbp_compile.emit.half import with_half_interface
@@ -21,7 +24,7 @@ from sbp_compile.emit.onnx_file import external_data_pattern, onnx_model, save_o
 from sbp_compile.emit.source_file import is_unchanged, load_source, network_source
 from sbp_compile.emit.torchscript import TracedCall, load_torchscript, refuse_frozen_sizes, torchscript_bytes
 from sbp_compile.emit.weights import load_weights, save_weights
-from sbp_compile.errors import OutputError
+from sbp_compile.errors import OpsetWarning, OutputError, UsageError
 from sbp_compile.output_options import EXPORTED, ONNX, TORCHSCRIPT, WEIGHTS, OutputOptions
 from sbp_compile.verify import Reference, verify_module, verify_onnx
 from sbp_compile.verify_half import ROUNDED_TO_HALF, half_references, verify_half_arithmetic
@@ -29,6 +32,9 @@ from sbp_compile.verify_inputs import random_inputs
 
 if TYPE_CHECKING:
     from sbp_compile.compiler import Compiled
+
+
+_EASIER_OPSETS = (13, 14, 16, 18)
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class _Output:
     references: tuple[Reference, ...]
     metadata: Mapping[str, str]
     options: OutputOptions
+    interface: Interface | None
 
     @property
     def cause(self) -> str | None:
@@ -105,17 +112,49 @@ def _output(compiled: Compiled, options: OutputOptions) -> _Output:
         references,
         compiled.metadata(),
         options,
+        compiled.interface,
     )
 
 
 def _write_onnx(output: _Output, path: Path) -> FileProof | None:
-    model = onnx_model(
-        output.program, output.names, output.metadata, opset=output.options.opset, dtype=output.dtype
-    )
+    model = _onnx_model(output)
     save_onnx(model, path, external_data=output.options.external_data)
     if not output.references:
         return None
     return FileProof(*verify_onnx(path, output.references, output.program, output.names, output.cause))
+
+
+def _onnx_model(output: _Output) -> onnx.ModelProto:
+    """Return the model in the opset that was asked for, else in that of the file it came from, as far as that goes."""
+    asked, interface = output.options.opset, output.interface
+
+    def make(opset: int | None) -> onnx.ModelProto:
+        return onnx_model(
+            output.program,
+            output.names,
+            output.metadata,
+            opset=opset,
+            dtype=output.dtype,
+            interface=interface,
+        )
+
+    if asked is not None or interface is None:
+        return make(asked)
+    newer = [opset for opset in _EASIER_OPSETS if opset > interface.opset]
+    for opset in (interface.opset, *newer):
+        try:
+            model = make(opset)
+        except UsageError:
+            continue
+        if opset != interface.opset:
+            warnings.warn(
+                f"the small network cannot be written in opset {interface.opset}, which the file has; it is written in "
+                f"opset {opset}",
+                OpsetWarning,
+                stacklevel=2,
+            )
+        return model
+    return make(None)
 
 
 def _write_exported(output: _Output, path: Path) -> FileProof | None:

@@ -47,6 +47,7 @@ LAYERS = (
     "sbp_compile.emit",
     "sbp_compile.verify",
     "sbp_compile.verify_half",
+    "sbp_compile.verify_reader",
     "sbp_compile.verify_inputs",
     "sbp_compile.save",
     "sbp_compile.recipe_layers",

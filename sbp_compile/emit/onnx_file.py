@@ -21,6 +21,7 @@ from torch.export import Dim
 from passes.ir.analysis import size_source
 from passes.ir.program import Input, Program, TensorInfo
 from sbp_compile.capture.export import quiet_export
+from sbp_compile.capture.interface import Interface
 from sbp_compile.emit.module import emit_graph_module
 from sbp_compile.errors import UnsupportedModelError, UsageError
 from sbp_compile.output_options import OPSET
@@ -36,10 +37,11 @@ def onnx_model(
     *,
     opset: int | None = None,
     dtype: torch.dtype | None = None,
+    interface: Interface | None = None,
 ) -> onnx.ModelProto:
     """Return the ONNX model of a Program, rounded to `dtype` (its own); outputs without a name are left out.
 
-    Interface dimensions are named as the user has named them, else `batch` for the leading dynamic axis and
+    `interface`: of the ONNX file that the network came from, whose texts are kept. Dimensions are named as the user has named them, else `batch` for the leading dynamic axis and
     `<input>_<axis>` for the others.
     Raises UnsupportedModelError where torch's exporter has no translation of an operator, and UsageError where the
     network cannot be written in that opset.
@@ -48,13 +50,14 @@ def onnx_model(
     opset = OPSET if opset is None else opset
     _keep_outputs(module, [name is not None for name in output_names])
     names = [name for name in output_names if name is not None]
-    model = _cleaned(_export(program, module, len(names), opset), names)
+    proto = _export(program, module, len(names), opset)
+    model = _cleaned(proto, [entry.shown for entry in program.inputs], names)
     results = zip(program.outputs, output_names, strict=True)
     _name_dimensions(model, program, [result for result, name in results if name is not None])
     with _without_weights(model):
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     model.graph.value_info.extend(inferred.graph.value_info)
-    _describe(model, metadata)
+    _describe(model, metadata, interface)
     return model
 
 
@@ -91,12 +94,25 @@ def weight_bytes(model: onnx.ModelProto) -> int:
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
 
 
-def _describe(model: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
+def _describe(model: onnx.ModelProto, metadata: Mapping[str, str], interface: Interface | None) -> None:
     model.producer_name, model.producer_version = "sbp_compile", metadata.get("sbp_compile.version", "")
+    if interface is not None:
+        _keep_texts(model, interface)
+        metadata = {**interface.metadata, **metadata}
     del model.metadata_props[:]
     for key in sorted(metadata):
         entry = model.metadata_props.add()
         entry.key, entry.value = key, metadata[key]
+
+
+def _keep_texts(model: onnx.ModelProto, interface: Interface) -> None:
+    for name, text in interface.texts.items():
+        setattr(model, name, text)
+    model.model_version = interface.version
+    model.graph.name = interface.graph_name or model.graph.name
+    model.graph.doc_string = interface.graph_document
+    for value in (*model.graph.input, *model.graph.output):
+        value.doc_string = interface.documents.get(value.name, "")
 
 
 @contextmanager
@@ -188,16 +204,17 @@ def _keep_outputs(module: fx.GraphModule, wanted: list[bool]) -> None:
     module.recompile()
 
 
-def _cleaned(proto: onnx.ModelProto, output_names: list[str]) -> onnx.ModelProto:
-    """Name the outputs, remove dead nodes, drop the exporter's notes (source lines among them).
+def _cleaned(proto: onnx.ModelProto, input_names: list[str], output_names: list[str]) -> onnx.ModelProto:
+    """Name inputs and outputs, remove dead nodes, drop the exporter's notes (source lines among them).
 
     The exporter would give an output a name that a value inside the graph may already have.
     """
     graph = gs.import_onnx(proto)
+    taken, inputs = {*input_names, *output_names}, {id(tensor) for tensor in graph.inputs}
     for name, tensor in graph.tensors(check_duplicates=True).items():
-        if name in output_names:
+        if name in taken and id(tensor) not in inputs:
             tensor.name = f"{name}.inner"
-    for tensor, name in zip(graph.outputs, output_names, strict=True):
+    for tensor, name in zip([*graph.inputs, *graph.outputs], [*input_names, *output_names], strict=True):
         tensor.name = name
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)

@@ -37,7 +37,9 @@ def _loop(
     body: Graph = node.get("body")
     most = _MOST_ITERATIONS + 1 if count is None else number(node, count, "number of iterations")
     if not isinstance(most, int):
-        raise node.refusal("its number of iterations is a size that is open; export the network with that size fixed")
+        raise node.refusal(
+            "its number of iterations is a size that is open; export the network with that size fixed"
+        )
     state: list[Value] = list(carried)
     goes_on, step, collected = condition, 0, [[] for _ in body.outputs[1 + len(state) :]]
     while step < most and _decided(node, goes_on):
@@ -58,7 +60,9 @@ def _decided(node: Node, condition: Value) -> bool:
     if condition is None:
         return True
     if not isinstance(condition, Known):
-        raise node.refusal("whether it goes on depends on the values of a tensor: such loops cannot be compiled")
+        raise node.refusal(
+            "whether it goes on depends on the values of a tensor: such loops cannot be compiled"
+        )
     return bool(condition.numbers[0])
 
 

@@ -10,10 +10,11 @@ import onnx
 import torch
 from torch import Tensor
 
-from sbp_compile.capture.example_inputs import random_tensor
+from sbp_compile.capture.example_inputs import Axes, random_tensor
 from sbp_compile.capture.from_onnx.file import OnnxFile
 from sbp_compile.capture.from_onnx.tensors import dtype_of
-from sbp_compile.errors import InputError, ModelFileError, UnsupportedModelError
+from sbp_compile.capture.interface import Interface
+from sbp_compile.errors import InputError, ModelFileError, UnsupportedModelError, UsageError
 
 _BATCH = 2
 _MOST_BYTES = 2**30
@@ -41,7 +42,10 @@ class Declared:
         """Return the option that gives an example, with words where only the user knows a number."""
         shape = "SHAPE"
         if self.sizes is not None:
-            parts = [_BATCH if axis == 0 and isinstance(size, str) else size for axis, size in enumerate(self.sizes)]
+            parts = [
+                _BATCH if axis == 0 and isinstance(size, str) else size
+                for axis, size in enumerate(self.sizes)
+            ]
             shape = "x".join(str(part).upper() for part in parts) or "scalar"
         bounds = "" if self.dtype.is_floating_point or self.dtype is torch.bool else f":0..{self.highest}"
         return f"--input {self.name}={shape}:{str(self.dtype).removeprefix('torch.')}{bounds}"
@@ -54,7 +58,9 @@ def declared_inputs(file: OnnxFile) -> list[Declared]:
         if entry.name in file.initializers:
             continue
         if entry.type.WhichOneof("value") != "tensor_type":
-            raise UnsupportedModelError(f"input {entry.name!r} is a sequence or another container; expected a tensor")
+            raise UnsupportedModelError(
+                f"input {entry.name!r} is a sequence or another container; expected a tensor"
+            )
         kind = entry.type.tensor_type
         dtype = dtype_of(kind.elem_type, f"input {entry.name!r}")
         sizes = tuple(_sizes(entry.name, kind.shape)) if kind.HasField("shape") else None
@@ -107,18 +113,51 @@ def example_inputs(inputs: Sequence[Declared], source: str) -> dict[str, Tensor]
     return found
 
 
-def check_shapes(inputs: Sequence[Declared], given: Mapping[str, Tensor]) -> None:
-    """Raise `InputError` where an example has another rank or size than the file fixes."""
-    for entry in inputs:
-        value = given.get(entry.name)
-        if value is None or entry.sizes is None:
-            continue
-        fits = value.ndim == len(entry.sizes) and all(
-            isinstance(wanted, str) or wanted == size
-            for wanted, size in zip(entry.sizes, value.shape, strict=True)
+def check_shapes(inputs: Sequence[Declared], given: Sequence[Tensor]) -> None:
+    """Raise `InputError` where an example has another dtype, rank or size than the file fixes."""
+    if len(given) != len(inputs):
+        raise InputError(f"{len(given)} inputs are given, the file takes {len(inputs)}")
+    for entry, value in zip(inputs, given, strict=True):
+        fits = entry.sizes is None or (
+            value.ndim == len(entry.sizes)
+            and all(
+                isinstance(wanted, str) or wanted == size
+                for wanted, size in zip(entry.sizes, value.shape, strict=True)
+            )
         )
         if not fits or value.dtype != entry.dtype:
+            sizes = "any shape" if entry.sizes is None else str(list(entry.sizes))
             raise InputError(
                 f"input {entry.name!r} is given as {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}, the "
-                f"file takes {list(entry.sizes)} of {str(entry.dtype).removeprefix('torch.')}"
+                f"file takes {sizes} of {str(entry.dtype).removeprefix('torch.')}"
             )
+
+
+def check_axes(inputs: Sequence[Declared], arguments: Sequence[str], axes: Axes) -> None:
+    """Raise `UsageError` for an axis that is to be dynamic where the file fixes its size."""
+    for entry, argument in zip(inputs, arguments, strict=True):
+        for axis in axes.get(argument, {}):
+            if entry.sizes is not None and axis < len(entry.sizes) and isinstance(entry.sizes[axis], int):
+                raise UsageError(
+                    f"--dynamic {entry.name}:{axis}: the file fixes that size to {entry.sizes[axis]}; export the network "
+                    "again with this axis dynamic"
+                )
+
+
+def interface_of(file: OnnxFile, inputs: Mapping[str, str]) -> Interface:
+    """Return what the file says beside its graph; `inputs`: names by those of the captured network."""
+    model, graph = file.model, file.model.graph
+    taken = set(inputs.values())
+    outputs = [f"{entry.name}_output" if entry.name in taken else entry.name for entry in graph.output]
+    origin = {"sbp_compile.source_producer": f"{model.producer_name} {model.producer_version}".strip()}
+    return Interface(
+        inputs,
+        tuple(outputs),
+        file.opset,
+        metadata={**origin, **{entry.key: entry.value for entry in model.metadata_props}},
+        texts={name: getattr(model, name) for name in ("doc_string", "domain")},
+        documents={entry.name: entry.doc_string for entry in (*graph.input, *graph.output)},
+        version=model.model_version,
+        graph_name=graph.name,
+        graph_document=graph.doc_string,
+    )

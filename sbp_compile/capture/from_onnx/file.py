@@ -73,12 +73,16 @@ def load_onnx(path: Path) -> OnnxFile:
 
 def _parsed(content: bytes) -> onnx.ModelProto:
     if len(content) > _LARGEST_PARSED:
-        raise ModelFileError("it is larger than 2 GB, which no ONNX file can be; save its weights as external data")
+        raise ModelFileError(
+            "it is larger than 2 GB, which no ONNX file can be; save its weights as external data"
+        )
     model = onnx.ModelProto()
     try:
         model.ParseFromString(content)
     except (DecodeError, RuntimeError, ValueError, RecursionError) as error:
-        raise ModelFileError(f"it is no ONNX model, or a truncated or damaged one ({_first_line(error)})") from error
+        raise ModelFileError(
+            f"it is no ONNX model, or a truncated or damaged one ({_first_line(error)})"
+        ) from error
     if not model.ir_version or not model.HasField("graph"):
         raise ModelFileError("it is no ONNX model, or a truncated one: it has no graph")
     return model
@@ -104,7 +108,9 @@ def _check_opset(model: onnx.ModelProto) -> None:
 def _refuse_sparse(graph: onnx.GraphProto) -> None:
     if graph.sparse_initializer:
         name = graph.sparse_initializer[0].values.name
-        raise UnsupportedModelError(f"weight {name!r} is stored as a sparse tensor; save the model with dense weights")
+        raise UnsupportedModelError(
+            f"weight {name!r} is stored as a sparse tensor; save the model with dense weights"
+        )
 
 
 def _taken_out(graph: onnx.GraphProto, folder: Path) -> dict[str, Tensor]:
@@ -119,7 +125,9 @@ def _taken_out(graph: onnx.GraphProto, folder: Path) -> dict[str, Tensor]:
     declared = {entry.name for entry in graph.input}
     for tensor in graph.initializer:
         if tensor.name not in declared:
-            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+            graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
     del graph.initializer[:]
     return found
 

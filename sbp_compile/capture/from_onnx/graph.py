@@ -114,7 +114,9 @@ class GraphReader:
                 return value
             if entry.name in _LITERALS and value is not None:
                 return torch.tensor(value, dtype=_LITERALS[entry.name])
-        raise ModelFileError(f"{_shown(proto)} holds no tensor of numbers (text and sparse tensors are not read)")
+        raise ModelFileError(
+            f"{_shown(proto)} holds no tensor of numbers (text and sparse tensors are not read)"
+        )
 
     def _attribute(self, proto: onnx.NodeProto, entry: onnx.AttributeProto) -> Any:
         if entry.type == _KINDS.TENSOR:

@@ -42,7 +42,11 @@ def border(
     found = []
     for size, window, step, spread in zip(x.shape[2:], kernel, stride, dilation, strict=True):
         reach = spread * (window - 1) + 1
-        total: Any = reach - 1 if step == 1 else torch.sym_max(((size + step - 1) // step - 1) * step + reach - size, 0)
+        total: Any = (
+            reach - 1
+            if step == 1
+            else torch.sym_max(((size + step - 1) // step - 1) * step + reach - size, 0)
+        )
         small = total // 2
         found.append((small, total - small) if mode == "SAME_UPPER" else (total - small, small))
     return found
@@ -82,7 +86,9 @@ def _convolve_transposed(node: Node, x: Value, w: Value, b: Value = None) -> Ten
     group = node.get("group", 1)
     pads = _border_transposed(node, value, weight, stride, dilation, extra)
     call = _TRANSPOSED[axes - 1]
-    plain = all(step > more or spread > more for step, spread, more in zip(stride, dilation, extra, strict=True))
+    plain = all(
+        step > more or spread > more for step, spread, more in zip(stride, dilation, extra, strict=True)
+    )
     if is_even(pads) and plain and all(low >= 0 for low, _ in pads):
         return call(value, weight, bias, stride, [low for low, _ in pads], extra, group, dilation)
     full = call(value, weight, None, stride, 0, 0, group, dilation)
@@ -91,7 +97,12 @@ def _convolve_transposed(node: Node, x: Value, w: Value, b: Value = None) -> Ten
 
 
 def _border_transposed(
-    node: Node, x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], extra: Sequence[int]
+    node: Node,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    extra: Sequence[int],
 ) -> list[tuple[Any, Any]]:
     """Return what is cut off in front and behind: `pads`, or what `output_shape` and `auto_pad` ask for."""
     wanted, mode = node.get("output_shape"), node.get("auto_pad", "NOTSET")

@@ -9,11 +9,10 @@ from __future__ import annotations
 import inspect
 import keyword
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import onnx
-import torch
 from torch import Tensor, nn
 
 from sbp_compile.capture.from_onnx import (  # each fills the table of translations
@@ -67,6 +66,10 @@ class OnnxNetwork(nn.Module):
         results = [_as_result(value) for value in self.run(self._graph, values)]
         return results[0] if len(results) == 1 else tuple(results)
 
+    def calls(self, args: Sequence[Tensor], watch: Callable[[str, Value], None]) -> None:
+        """Make the calls of the graph, and show each value to `watch`."""
+        self.run(self._graph, dict(zip(self.input_names, args, strict=True)), watch)
+
     def run(
         self,
         graph: Graph,
@@ -115,7 +118,11 @@ class OnnxNetwork(nn.Module):
         return TRANSLATIONS[node.op](node, *operands)
 
     def _constant(self, name: str) -> Value:
-        held = self.get_parameter(path) if self._is_parameter(path := self._names[name]) else self.get_buffer(path)
+        held = (
+            self.get_parameter(path)
+            if self._is_parameter(path := self._names[name])
+            else self.get_buffer(path)
+        )
         small = self._small.get(name)
         return held if small is None else as_known(small, held.dtype, held)
 
@@ -196,7 +203,9 @@ def _product(sizes: Iterable[Any]) -> Any:
 
 def _as_result(value: Value) -> Any:
     if isinstance(value, list):
-        raise UnsupportedModelError("an output of the graph is a sequence of tensors; only tensors can be returned")
+        raise UnsupportedModelError(
+            "an output of the graph is a sequence of tensors; only tensors can be returned"
+        )
     return optional_tensor(value)
 
 

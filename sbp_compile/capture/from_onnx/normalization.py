@@ -15,11 +15,20 @@ from sbp_compile.capture.from_onnx.values import Value, axis_of, optional_tensor
 @translates("BatchNormalization")
 def _batch_norm(node: Node, x: Value, scale: Value, bias: Value, mean: Value, variance: Value) -> Tensor:
     if node.get("training_mode", 0):
-        raise node.refusal("it is in training mode (statistics of the batch); export the network in eval mode")
+        raise node.refusal(
+            "it is in training mode (statistics of the batch); export the network in eval mode"
+        )
     if node.get("spatial", 1) != 1:
         raise node.refusal("spatial=0 is not supported")
     return F.batch_norm(
-        tensor(x), tensor(mean), tensor(variance), tensor(scale), tensor(bias), False, 0.0, node.get("epsilon", 1e-5)
+        tensor(x),
+        tensor(mean),
+        tensor(variance),
+        tensor(scale),
+        tensor(bias),
+        False,
+        0.0,
+        node.get("epsilon", 1e-5),
     )
 
 

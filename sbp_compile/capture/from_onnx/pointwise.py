@@ -69,7 +69,12 @@ _BINARY: Mapping[str, Callable[[Any, Any], Any]] = {
     "Xor": torch.logical_xor,
 }
 _ON_TENSORS = frozenset({"Equal", "And", "Or", "Xor", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
-_MIRRORED = {"Greater": "Less", "Less": "Greater", "GreaterOrEqual": "LessOrEqual", "LessOrEqual": "GreaterOrEqual"}
+_MIRRORED = {
+    "Greater": "Less",
+    "Less": "Greater",
+    "GreaterOrEqual": "LessOrEqual",
+    "LessOrEqual": "GreaterOrEqual",
+}
 
 
 def _unary(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:

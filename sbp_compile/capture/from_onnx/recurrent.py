@@ -102,5 +102,7 @@ def _run(
     biased = len(weights) % 4 == 0 and weights[2].ndim == 1
     if node.op == "LSTM":
         return torch.lstm(x, states, weights, biased, 1, 0.0, False, both, False)  # type: ignore[no-any-return]
-    function: Any = torch.gru if node.op == "GRU" else torch.rnn_relu if activation == "relu" else torch.rnn_tanh
+    function: Any = (
+        torch.gru if node.op == "GRU" else torch.rnn_relu if activation == "relu" else torch.rnn_tanh
+    )
     return function(x, states[0], weights, biased, 1, 0.0, False, both, False)  # type: ignore[no-any-return]

@@ -13,7 +13,9 @@ _QUANTISED = frozenset(
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
-_BY_DATA = frozenset({"NonZero", "Unique", "Compress", "NonMaxSuppression", "StringNormalizer", "TfIdfVectorizer"})
+_BY_DATA = frozenset(
+    {"NonZero", "Unique", "Compress", "NonMaxSuppression", "StringNormalizer", "TfIdfVectorizer"}
+)
 
 
 def reason_for(node: Node) -> str:

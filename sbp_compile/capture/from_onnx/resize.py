@@ -48,7 +48,7 @@ def _refuse_rare(node: Node) -> None:
 
 
 def _has_entries(value: Value) -> bool:
-    return isinstance(value, Known) and value.entries.size > 0 or isinstance(value, Tensor)
+    return (isinstance(value, Known) and value.entries.size > 0) or isinstance(value, Tensor)
 
 
 def _scaled(size: Any, scale: Any) -> Any:
@@ -67,7 +67,9 @@ def _is_neutral(size: Any, goal: Any, scale: Any) -> bool:
 
 def _resized(node: Node, x: Tensor, goal: dict[int, tuple[Any, Any]]) -> Tensor:
     mode = node.get("mode", "nearest")
-    where = "asymmetric" if node.op == "Upsample" else node.get("coordinate_transformation_mode", "half_pixel")
+    where = (
+        "asymmetric" if node.op == "Upsample" else node.get("coordinate_transformation_mode", "half_pixel")
+    )
     if 3 <= x.ndim <= 5 and min(goal) >= 2:
         found = _by_torch(node, x, goal, mode, where)
         if found is not None:
@@ -190,7 +192,9 @@ def _cubic(distance: float, a: float) -> float:
 
 @translates("GridSample")
 def _grid_sample(node: Node, x: Value, grid: Value) -> Tensor:
-    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(node.get("mode", "bilinear"), node.get("mode", "bilinear"))
+    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(
+        node.get("mode", "bilinear"), node.get("mode", "bilinear")
+    )
     return F.grid_sample(
         tensor(x), tensor(grid), mode, node.get("padding_mode", "zeros"), bool(node.get("align_corners", 0))
     )

@@ -27,7 +27,9 @@ def _slice(
         axis = axis_of(node, axis, value.ndim)
         if by < 0:
             value = _backwards(node, value, start, end, axis, by)
-        elif not (isinstance(start, int) and start == 0 and isinstance(end, int) and end >= 2**31 - 1 and by == 1):
+        elif not (
+            isinstance(start, int) and start == 0 and isinstance(end, int) and end >= 2**31 - 1 and by == 1
+        ):
             value = aten.slice.Tensor(value, axis, start, end, by)
     return value
 
@@ -38,7 +40,9 @@ def _backwards(node: Node, x: Tensor, start: Any, end: Any, axis: int, step: int
         return x.flip(axis)
     if not all(isinstance(number, int) for number in (start, end, size)):
         raise node.refusal("it goes backwards through a part of an axis whose size is open")
-    return x.index_select(axis, torch.tensor(range(*slice(start, end, step).indices(size)), dtype=torch.int64))
+    return x.index_select(
+        axis, torch.tensor(range(*slice(start, end, step).indices(size)), dtype=torch.int64)
+    )
 
 
 @translates("Gather")
@@ -120,4 +124,6 @@ def _counted_from_front(indices: Tensor, size: Any) -> Tensor:
 
 @translates("ReverseSequence")
 def _reverse_sequence(node: Node, x: Value, lengths: Value) -> Tensor:
-    raise node.refusal("sequences of lengths that are data are not supported; reverse whole sequences with Slice")
+    raise node.refusal(
+        "sequences of lengths that are data are not supported; reverse whole sequences with Slice"
+    )

@@ -21,7 +21,8 @@ def _reshape(node: Node, x: Value, shape: Value) -> Tensor:
     sizes = numbers(node, shape, "new sizes")
     if not node.get("allowzero", 0):
         sizes = [
-            value.shape[axis] if isinstance(size, int) and size == 0 else size for axis, size in enumerate(sizes)
+            value.shape[axis] if isinstance(size, int) and size == 0 else size
+            for axis, size in enumerate(sizes)
         ]
     return value.reshape(sizes)
 
@@ -106,7 +107,11 @@ def _pad(node: Node, x: Value, pads: Value = None, filling: Value = None, axes: 
     value, mode = tensor(x), node.get("mode", "constant")
     amounts = node.get("pads") if pads is None else numbers(node, pads, "amounts")
     fill = 0 if filling is None else number(node, filling, "constant value")
-    chosen = range(value.ndim) if axes is None else [axis_of(node, a, value.ndim) for a in numbers(node, axes, "axes")]
+    chosen = (
+        range(value.ndim)
+        if axes is None
+        else [axis_of(node, a, value.ndim) for a in numbers(node, axes, "axes")]
+    )
     count = len(chosen)
     pairs: list[tuple[Any, Any]] = [(0, 0)] * value.ndim
     for position, axis in enumerate(chosen):
@@ -119,7 +124,9 @@ def _pad(node: Node, x: Value, pads: Value = None, filling: Value = None, axes: 
     if mode not in _MODES:
         raise node.refusal(f"mode {mode!r} is not known")
     if value.ndim > 5 or first < max(value.ndim - 3, 1):
-        raise node.refusal(f"mode {mode!r} is supported along the last axes of up to 5, not along axis {first}")
+        raise node.refusal(
+            f"mode {mode!r} is supported along the last axes of up to 5, not along axis {first}"
+        )
     return _pad_by_content(value, pairs, first, _MODES[mode])
 
 

@@ -24,11 +24,16 @@ from sbp_compile.capture.from_onnx.values import (
     Known,
     from_objects,
     numpy_dtype,
+    torch_dtype,
 )
 
 _TO_ONNX = {dtype: kind for kind, dtype in DTYPES.items()}
-_GROWS = frozenset({"ConstantOfShape", "Expand", "Tile", "Range", "OneHot", "EyeLike", "Pad", "Resize", "Upsample"})
-_WITHOUT_INPUTS_KNOWN = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli"})
+_GROWS = frozenset(
+    {"ConstantOfShape", "Expand", "Tile", "Range", "OneHot", "EyeLike", "Pad", "Resize", "Upsample"}
+)
+_WITHOUT_INPUTS_KNOWN = frozenset(
+    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli"}
+)
 
 
 def evaluate(node: Node, proto: onnx.NodeProto, operands: Sequence[Known | None]) -> list[Known] | None:
@@ -72,7 +77,7 @@ def _by_reference(node: Node, proto: onnx.NodeProto, operands: Sequence[Known | 
     found = []
     for result in results:
         array = np.asarray(result)
-        dtype = _torch_dtype(array)
+        dtype = torch_dtype(array.dtype)
         if dtype is None or array.size > (MOST_KNOWN_FLOATS if array.dtype.kind == "f" else MOST_KNOWN):
             return None
         found.append(Known(array, dtype))
@@ -99,13 +104,6 @@ def _reference(
         return None
 
 
-def _torch_dtype(array: np.ndarray) -> torch.dtype | None:
-    try:
-        return torch.from_numpy(np.empty(0, array.dtype)).dtype
-    except TypeError:  # text
-        return None
-
-
 def _moved(
     node: Node, proto: onnx.NodeProto, operands: Sequence[Known | None], data: int
 ) -> list[Known] | None:
@@ -125,7 +123,10 @@ def _moved(
         return None
     entries = np.empty(int(starts[-1]), dtype=object)
     entries[:] = [number for operand in moved for number in operand.numbers]
-    return [from_objects(entries[np.asarray(result)].reshape(np.shape(result)), moved[0].dtype) for result in results]
+    return [
+        from_objects(entries[np.asarray(result)].reshape(np.shape(result)), moved[0].dtype)
+        for result in results
+    ]
 
 
 _MOVES = frozenset(

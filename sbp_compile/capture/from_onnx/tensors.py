@@ -137,5 +137,7 @@ def external_path(location: str, folder: Path, what: str) -> Path:
             f"{what} has its data in {location!r}, outside of the model's folder; only files beside the model are read"
         )
     if not path.is_file():
-        raise ModelFileError(f"{what} has its data in {location!r}, and there is no such file beside the model")
+        raise ModelFileError(
+            f"{what} has its data in {location!r}, and there is no such file beside the model"
+        )
     return path

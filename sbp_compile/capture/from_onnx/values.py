@@ -19,6 +19,12 @@ from sbp_compile.capture.from_onnx.node import Node
 MOST_KNOWN = 4096
 MOST_KNOWN_FLOATS = 16
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_DTYPES = (
+    torch.float16, torch.float32, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
+    torch.bool, torch.complex64, torch.complex128,
+)  # fmt: skip
+_NUMPY = {dtype: np.dtype(str(dtype).removeprefix("torch.")) for dtype in _DTYPES}
+_TORCH = {name: dtype for dtype, name in _NUMPY.items()}
 Number = Any  # int, float, bool, or one of torch's symbols
 
 
@@ -70,8 +76,13 @@ def from_objects(entries: np.ndarray, dtype: torch.dtype) -> Known:
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype:
-    """Return NumPy's dtype; bfloat16, which it lacks, as float32."""
-    return torch.empty(0, dtype=torch.float32 if dtype is torch.bfloat16 else dtype).numpy().dtype
+    """Return NumPy's dtype; `KeyError` for those that it lacks."""
+    return _NUMPY[dtype]
+
+
+def torch_dtype(dtype: np.dtype) -> torch.dtype | None:
+    """Return torch's dtype, None for text and what else it lacks."""
+    return _TORCH.get(dtype)
 
 
 def is_small(value: Tensor) -> bool:
