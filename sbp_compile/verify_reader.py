@@ -1,7 +1,7 @@
 """The proof that a graph was read rightly: another runtime runs the user's file, and both must give the same.
 
-`verify_capture` allows what a capture may lose to rounding at most. Here translations are on trial, so the limit is what
-this very graph loses to rounding in its own dtype, measured.
+`verify_capture` allows what a capture may lose to rounding at most. Here translations are on trial, so the limit is
+what this very graph loses to rounding in its own dtype, measured.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def verify_reader(
             if not error <= limit:
                 shapes = [list(value.shape) for value in reference.inputs]
                 raise UnsupportedModelError(
-                    f"output {position} as onnxruntime computes it differs by {error:.1e} from what was read of the file "
-                    f"(limit {limit:.1e}), for inputs of shapes {shapes}; the two part at {locate(reference.inputs)}: "
+                    f"output {position} as onnxruntime computes it differs by {error:.1e} from what was read of the "
+                    f"file (limit {limit:.1e}), for shapes {shapes}; they part at {locate(reference.inputs)}; "
                     "please report this, and give the PyTorch module or TorchScript instead"
                 )

@@ -70,8 +70,8 @@ def load_model(
 ) -> LoadedModel:
     """Read a model file, recognised by its content: one call's captured network, ready to compile.
 
-    Files of `save_model`; .pt2 files without pickled parts; TorchScript archives; ONNX files; state dicts, alone or in a
-    checkpoint dictionary, and safetensors, which need `arch`; pickled modules, which need `trust_pickle`.
+    Files of `save_model`; .pt2 files without pickled parts; TorchScript archives; ONNX files; state dicts, alone or in
+    a checkpoint dictionary, and safetensors, which need `arch`; pickled modules, which need `trust_pickle`.
 
     `example_inputs`: a tensor, a tuple of positional arguments, or tensors by name; `kwargs`: keyword arguments.
     Needed where the file brings none; `fallback_inputs`: tensors by name that are used only then.

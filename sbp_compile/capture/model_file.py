@@ -42,8 +42,8 @@ class LoadedModel:
     `kwargs`: its keyword arguments. `metadata`: tool and torch version, for files of `save_model`.
     `sha256`: of the records of the program and its tensors, 64 hexadecimal digits. `own`: the network as its user runs
     it, where that is something else than the exported program. `axis_names`: of dynamic axes, by input and axis.
-    `interface`: of the ONNX file it was. `parting`: where `own` is another runtime's run of a graph that was translated,
-    names the first value at which the two part for some inputs.
+    `interface`: of the ONNX file it was. `parting`: where `own` is another runtime's run of a graph that was
+    translated, names the first value at which the two part for some inputs.
     """
 
     exported_program: ExportedProgram

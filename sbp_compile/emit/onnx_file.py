@@ -41,8 +41,8 @@ def onnx_model(
 ) -> onnx.ModelProto:
     """Return the ONNX model of a Program, rounded to `dtype` (its own); outputs without a name are left out.
 
-    `interface`: of the ONNX file that the network came from, whose texts are kept. Dimensions are named as the user has named them, else `batch` for the leading dynamic axis and
-    `<input>_<axis>` for the others.
+    `interface`: of the ONNX file that the network came from, whose texts are kept. Dimensions are named as the user has
+    named them, else `batch` for the leading dynamic axis and `<input>_<axis>` for the others.
     Raises UnsupportedModelError where torch's exporter has no translation of an operator, and UsageError where the
     network cannot be written in that opset.
     """

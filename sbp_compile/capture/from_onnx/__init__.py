@@ -1,4 +1,4 @@
-"""The way in for ONNX files: read and screened (`file`), made into a plain module (`network`), run by others (`runtime`).
+"""The way in for ONNX files: read and screened (`file`), made a plain module (`network`), run as it is (`runtime`).
 
 Each operator's translation stands in one of the files that are named after families of operators.
 """

@@ -41,7 +41,8 @@ def _loop(
             "its number of iterations is a size that is open; export the network with that size fixed"
         )
     state: list[Value] = list(carried)
-    goes_on, step, collected = condition, 0, [[] for _ in body.outputs[1 + len(state) :]]
+    collected: list[list[Tensor]] = [[] for _ in body.outputs[1 + len(state) :]]
+    goes_on, step = condition, 0
     while step < most and _decided(node, goes_on):
         if step >= _MOST_ITERATIONS or len(body.nodes) * step > _MOST_STEPS:
             raise node.refusal(f"it runs over {step} times and is not unrolled further")

@@ -95,7 +95,7 @@ def _highest(file: OnnxFile, name: str) -> int:
 
 
 def example_inputs(inputs: Sequence[Declared], source: str) -> dict[str, Tensor]:
-    """Return random inputs of the declared shapes, a leading open axis of size 2; `InputError` where others are open."""
+    """Return random inputs of the declared shapes, 2 for leading open axes; `InputError` where others are open."""
     if any(entry.sizes is None or set(entry.open_axes) - {0} for entry in inputs):
         flags = " ".join(entry.flag() for entry in inputs)
         raise InputError(f"{source} leaves sizes of its inputs open: add {flags}, or --inputs data.npz")
@@ -128,8 +128,8 @@ def check_shapes(inputs: Sequence[Declared], given: Sequence[Tensor]) -> None:
         if not fits or value.dtype != entry.dtype:
             sizes = "any shape" if entry.sizes is None else str(list(entry.sizes))
             raise InputError(
-                f"input {entry.name!r} is given as {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}, the "
-                f"file takes {sizes} of {str(entry.dtype).removeprefix('torch.')}"
+                f"input {entry.name!r} is given as {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}, "
+                f"the file takes {sizes} of {str(entry.dtype).removeprefix('torch.')}"
             )
 
 
@@ -139,8 +139,8 @@ def check_axes(inputs: Sequence[Declared], arguments: Sequence[str], axes: Axes)
         for axis in axes.get(argument, {}):
             if entry.sizes is not None and axis < len(entry.sizes) and isinstance(entry.sizes[axis], int):
                 raise UsageError(
-                    f"--dynamic {entry.name}:{axis}: the file fixes that size to {entry.sizes[axis]}; export the network "
-                    "again with this axis dynamic"
+                    f"--dynamic {entry.name}:{axis}: the file fixes that size to {entry.sizes[axis]}; export the "
+                    "network again with this axis dynamic"
                 )
 
 

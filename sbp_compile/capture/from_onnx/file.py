@@ -16,7 +16,7 @@ import onnx
 import onnx.checker
 import onnx.inliner
 import torch
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from torch import Tensor
 
 from sbp_compile.capture.from_onnx.node import ONNX_DOMAINS, TRANSLATIONS
@@ -94,14 +94,14 @@ def _check_opset(model: onnx.ModelProto) -> None:
         raise ModelFileError(f"it names {len(own)} opsets of ONNX's own operators; expected one")
     if own[0] < OLDEST_OPSET:
         raise UnsupportedModelError(
-            f"the file is of opset {own[0]}; opsets from {OLDEST_OPSET} on are read: export it again, or convert it with "
-            "onnx.version_converter.convert_version"
+            f"the file is of opset {own[0]}; opsets from {OLDEST_OPSET} on are read: export it again, or convert it "
+            "with onnx.version_converter.convert_version"
         )
     newest = onnx.defs.onnx_opset_version()
     if own[0] > newest:
         raise UnsupportedModelError(
-            f"the file is of opset {own[0]}, the onnx package here (onnx {onnx.__version__}) knows them up to {newest}: "
-            "update it, or export the network with an older opset"
+            f"the file is of opset {own[0]}, the onnx package here (onnx {onnx.__version__}) knows them up to "
+            f"{newest}: update it, or export the network with an older opset"
         )
 
 
@@ -121,7 +121,7 @@ def _taken_out(graph: onnx.GraphProto, folder: Path) -> dict[str, Tensor]:
             raise ModelFileError(f"it has two weights of the name {tensor.name!r}")
         found[tensor.name] = read_tensor(tensor, folder, f"weight {tensor.name!r}")
         for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
-            tensor.ClearField(field)  # type: ignore[arg-type]
+            tensor.ClearField(field)
     declared = {entry.name for entry in graph.input}
     for tensor in graph.initializer:
         if tensor.name not in declared:
@@ -165,7 +165,7 @@ def _has_definition(operator: str) -> bool:
         schema = onnx.defs.get_schema(operator)
     except onnx.defs.SchemaError:
         return False
-    return bool(schema.has_function or schema.has_context_dependent_function)
+    return bool(schema.has_function or schema.has_context_dependent_function)  # type: ignore[attr-defined]
 
 
 def _by_onnx(function: Callable[[], _T]) -> _T:

@@ -42,11 +42,9 @@ def border(
     found = []
     for size, window, step, spread in zip(x.shape[2:], kernel, stride, dilation, strict=True):
         reach = spread * (window - 1) + 1
-        total: Any = (
-            reach - 1
-            if step == 1
-            else torch.sym_max(((size + step - 1) // step - 1) * step + reach - size, 0)
-        )
+        total: Any = reach - 1
+        if step != 1:
+            total = torch.sym_max(((size + step - 1) // step - 1) * step + reach - size, 0)  # type: ignore[no-untyped-call]
         small = total // 2
         found.append((small, total - small) if mode == "SAME_UPPER" else (total - small, small))
     return found
@@ -129,9 +127,9 @@ def _gemm(node: Node, a: Value, b: Value, c: Value = None) -> Tensor:
     weight = weight if alpha == 1.0 else weight * alpha
     if bias is not None and beta != 1.0:
         bias = bias * beta
-    if bias is not None and node.is_constant(2) and bias.ndim in {1, 2} and bias.shape[-1] == weight.shape[0]:
-        if bias.ndim == 1 or bias.shape[0] == 1:
-            return F.linear(left, weight, bias.reshape(-1))
+    rows = weight.shape[0]
+    if bias is not None and node.is_constant(2) and tuple(bias.shape) in {(rows,), (1, rows)}:
+        return F.linear(left, weight, bias.reshape(-1))
     result = F.linear(left, weight)
     return result if bias is None else result + bias
 

@@ -216,7 +216,8 @@ def _refuse_giant(node: Node, result: Value) -> None:
             size *= extent if isinstance(extent, int) else 1
         if size > _LARGEST_VALUE:
             raise node.refusal(
-                f"its result of shape {list(result.shape)} takes {size / 2**30:.0f} GiB; give a smaller example with --input"
+                f"its result of shape {list(result.shape)} takes {size / 2**30:.0f} GiB; give a smaller example "
+                "with --input"
             )
 
 

@@ -78,7 +78,8 @@ def _group_norm(node: Node, x: Value, scale: Value, bias: Value) -> Tensor:
 @translates("LpNormalization")
 def _lp_normalization(node: Node, x: Value) -> Tensor:
     value = tensor(x)
-    return value / torch.linalg.vector_norm(value, node.get("p", 2), dim=node.get("axis", -1), keepdim=True)
+    norm = torch.linalg.vector_norm(value, node.get("p", 2), dim=node.get("axis", -1), keepdim=True)
+    return torch.div(value, norm)
 
 
 @translates("LRN")

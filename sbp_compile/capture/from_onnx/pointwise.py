@@ -167,7 +167,7 @@ def _extremum(node: Node, *operands: Value) -> Tensor:
         if not isinstance(first, Tensor):
             first, second = second, first
         if isinstance(second, (int, float)):
-            return torch.clamp(first, **{"min" if node.op == "Max" else "max": second})
+            return torch.clamp(first, min=second) if node.op == "Max" else torch.clamp(first, max=second)
     function = torch.maximum if node.op == "Max" else torch.minimum
     return functools.reduce(function, map(tensor, operands))
 
@@ -223,7 +223,7 @@ def _celu(node: Node, x: Value) -> Tensor:
 @translates("Selu")
 def _selu(node: Node, x: Value) -> Tensor:
     alpha, gamma = node.get("alpha", 1.67326319217681884765625), node.get("gamma", 1.05070102214813232421875)
-    return gamma * F.elu(tensor(x), alpha)
+    return torch.mul(F.elu(tensor(x), alpha), gamma)
 
 
 @translates("LeakyRelu")

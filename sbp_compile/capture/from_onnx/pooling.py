@@ -74,7 +74,7 @@ def _lp_pool(node: Node, x: Value) -> Tensor:
         count *= size
     powers = padded(value.abs() ** order, pads)
     means = _AVERAGES[axes - 1](powers, kernel, stride, 0, bool(node.get("ceil_mode", 0)))
-    return (means * count) ** (1 / order)
+    return torch.pow(means * count, 1 / order)
 
 
 def _positions(x: Tensor) -> list[int]:
@@ -96,4 +96,4 @@ def _global_max_pool(node: Node, x: Value) -> Tensor:
 @translates("GlobalLpPool")
 def _global_lp_pool(node: Node, x: Value) -> Tensor:
     value, order = tensor(x), node.get("p", 2)
-    return (value.abs() ** order).sum(_positions(value), keepdim=True) ** (1 / order)
+    return torch.pow((value.abs() ** order).sum(_positions(value), keepdim=True), 1 / order)

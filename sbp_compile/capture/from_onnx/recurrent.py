@@ -36,10 +36,10 @@ def _recurrent(
     weights = _weights(node, tensor(w), tensor(r), optional_tensor(b))
     directions, hidden = tensor(w).shape[0], tensor(r).shape[-1]
     states = [optional_tensor(initial_h), *([optional_tensor(initial_c)] if node.op == "LSTM" else [])]
-    states = [_state(state, value, directions, hidden, batch_first) for state in states]
+    begun = [_state(state, value, directions, hidden, batch_first) for state in states]
     backwards = node.get("direction", "forward") == "reverse"
     value = value.flip(0) if backwards else value
-    result, *last = _run(node, activation, value, states, weights, directions == 2)
+    result, *last = _run(node, activation, value, begun, weights, directions == 2)
     result = result.flip(0) if backwards else result
     steps, batch = result.shape[:2]
     split = result.reshape(steps, batch, directions, hidden)
@@ -101,8 +101,9 @@ def _run(
 ) -> Sequence[Tensor]:
     biased = len(weights) % 4 == 0 and weights[2].ndim == 1
     if node.op == "LSTM":
-        return torch.lstm(x, states, weights, biased, 1, 0.0, False, both, False)  # type: ignore[no-any-return]
+        return torch.lstm(x, states, weights, biased, 1, 0.0, False, both, False)
     function: Any = (
         torch.gru if node.op == "GRU" else torch.rnn_relu if activation == "relu" else torch.rnn_tanh
     )
-    return function(x, states[0], weights, biased, 1, 0.0, False, both, False)  # type: ignore[no-any-return]
+    output, last = function(x, states[0], weights, biased, 1, 0.0, False, both, False)
+    return output, last

@@ -22,8 +22,8 @@ def reason_for(node: Node) -> str:
     """Return the reason in words, with what to do."""
     if node.domain:
         return (
-            f"operators of the domain {node.domain!r} belong to one runtime and are not read; export the network without "
-            "runtime-specific optimisation (the file it was optimised from will do)"
+            f"operators of the domain {node.domain!r} belong to one runtime and are not read; export the network "
+            "without runtime-specific optimisation (the file it was optimised from will do)"
         )
     if node.op in _QUANTISED:
         return "quantised networks cannot be compiled; give the floating-point network, and quantise what comes out"
@@ -35,6 +35,6 @@ def reason_for(node: Node) -> str:
             "(onnx.utils.extract_model) and run it behind the small network"
         )
     return (
-        "there is no translation of it; give the PyTorch module or TorchScript the file was exported from, or export it "
-        "with another opset, in which other operators stand for it"
+        "there is no translation of it; give the PyTorch module or TorchScript the file was exported from, or export "
+        "it with another opset, in which other operators stand for it"
     )

@@ -77,7 +77,8 @@ class OriginalRun:
         for name in names:
             if name in made and name not in present:
                 model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-        return model.SerializeToString()
+        content: bytes = model.SerializeToString()
+        return content
 
 
 def _session(model: str | bytes) -> onnxruntime.InferenceSession:

@@ -181,7 +181,7 @@ def _eye(node: Node, x: Value) -> Tensor:
     kind = dtype_of(node.get("dtype"), node.place) if node.get("dtype") else value.dtype
     rows, columns = value.shape
     places = torch.arange(columns).unsqueeze(0) - torch.arange(rows).unsqueeze(1)
-    return (places == node.get("k", 0)).to(kind)
+    return torch.eq(places, node.get("k", 0)).to(kind)
 
 
 @translates("Trilu")

@@ -31,14 +31,12 @@ _TO_ONNX = {dtype: kind for kind, dtype in DTYPES.items()}
 _GROWS = frozenset(
     {"ConstantOfShape", "Expand", "Tile", "Range", "OneHot", "EyeLike", "Pad", "Resize", "Upsample"}
 )
-_WITHOUT_INPUTS_KNOWN = frozenset(
-    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli"}
-)
+_RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli"})
 
 
 def evaluate(node: Node, proto: onnx.NodeProto, operands: Sequence[Known | None]) -> list[Known] | None:
     """Return the results of a call on known numbers; None where tensors must be made of them first."""
-    if node.domain not in ONNX_DOMAINS or node.op in _WITHOUT_INPUTS_KNOWN or _grows_too_much(node, operands):
+    if node.domain not in ONNX_DOMAINS or node.op in _RANDOM or _grows_too_much(node, operands):
         return None
     present = [operand for operand in operands if operand is not None]
     if not any(operand.is_symbolic for operand in present):
@@ -109,7 +107,7 @@ def _moved(
 ) -> list[Known] | None:
     """Run a call that moves the entries of its first `data` operands on their positions."""
     moved = [operand for operand in operands[:data] if operand is not None]
-    rest = [operand for operand in operands[data:]]
+    rest = list(operands[data:])
     starts = np.cumsum([0, *(operand.entries.size for operand in moved)])
     positions = [
         np.arange(start, start + operand.entries.size, dtype=np.int64).reshape(operand.entries.shape)

@@ -36,7 +36,7 @@ def dtype_of(element_type: int, what: str) -> torch.dtype:
     """Return torch's dtype of an ONNX element type; `UnsupportedModelError` where there is none (text, 4 bits)."""
     if element_type not in DTYPES:
         known = element_type in _Type.DataType.values()
-        name = _Type.DataType.Name(element_type).lower() if known else f"number {element_type}"  # type: ignore[arg-type]
+        name = _Type.DataType.Name(element_type).lower() if known else f"number {element_type}"
         raise UnsupportedModelError(
             f"{what} has element type {name}, with which nothing can be compiled; export the network in float32"
         )
@@ -58,7 +58,8 @@ def read_tensor(proto: onnx.TensorProto, folder: Path, what: str) -> Tensor:
     if proto.HasField("raw_data"):
         if len(proto.raw_data) != size:
             raise ModelFileError(
-                f"{what} of shape {list(shape)} needs {size} bytes, the file has {len(proto.raw_data)}; is it truncated?"
+                f"{what} of shape {list(shape)} needs {size} bytes, the file has {len(proto.raw_data)}; is it "
+                "truncated?"
             )
         return _from_bytes(np.frombuffer(proto.raw_data, np.uint8), shape, dtype)
     return _from_fields(proto, shape, dtype, what)

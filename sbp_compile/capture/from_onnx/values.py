@@ -42,6 +42,7 @@ class Known:
 
     @property
     def is_symbolic(self) -> bool:
+        """Whether some of the numbers are sizes that stay open."""
         return self.entries.dtype == object
 
     @property
