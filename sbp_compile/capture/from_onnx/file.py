@@ -133,7 +133,14 @@ def _taken_out(graph: onnx.GraphProto, folder: Path) -> dict[str, Tensor]:
 
 
 def _checked(model: onnx.ModelProto, initializers: Mapping[str, Tensor]) -> onnx.ModelProto:
-    """Return the model with its functions inlined, checked before and after."""
+    """Return the model with its functions inlined, checked before and after.
+
+    What it says of values inside and of the outputs' shapes is not looked at: many files leave it away, some lie.
+    """
+    del model.graph.value_info[:]
+    for entry in model.graph.output:
+        if entry.type.WhichOneof("value") == "tensor_type":
+            entry.type.tensor_type.shape.SetInParent()
     _by_onnx(lambda: onnx.checker.check_model(model))
     if model.functions:
         model = _by_onnx(lambda: onnx.inliner.inline_local_functions(model, convert_version=True))

@@ -67,11 +67,7 @@ def _rms_norm(node: Node, x: Value, scale: Value) -> Tensor:
 
 @translates("GroupNormalization")
 def _group_norm(node: Node, x: Value, scale: Value, bias: Value) -> Tensor:
-    """Normalise groups; before opset 21 scale and bias are one for each group."""
     value, weight, shift, groups = tensor(x), tensor(scale), tensor(bias), node.get("num_groups")
-    if node.opset < 21:
-        repeats = value.shape[1] // groups
-        weight, shift = weight.repeat_interleave(repeats), shift.repeat_interleave(repeats)
     return F.group_norm(value, groups, weight, shift, node.get("epsilon", 1e-5))
 
 
