@@ -21,10 +21,11 @@ from sbp_compile.emit.exported import exported_program
 from sbp_compile.emit.half import with_half_interface
 from sbp_compile.emit.module import CompiledModule, compiled_module, emit_graph_module
 from sbp_compile.emit.onnx_file import external_data_pattern, onnx_model, save_onnx
+from sbp_compile.emit.opsets import opset_of
 from sbp_compile.emit.source_file import is_unchanged, load_source, network_source
 from sbp_compile.emit.torchscript import TracedCall, load_torchscript, refuse_frozen_sizes, torchscript_bytes
 from sbp_compile.emit.weights import load_weights, save_weights
-from sbp_compile.errors import OpsetWarning, OutputError, UsageError
+from sbp_compile.errors import OpsetWarning, OutputError
 from sbp_compile.output_options import EXPORTED, ONNX, TORCHSCRIPT, WEIGHTS, OutputOptions
 from sbp_compile.verify import Reference, verify_module, verify_onnx
 from sbp_compile.verify_half import ROUNDED_TO_HALF, half_references, verify_half_arithmetic
@@ -32,9 +33,6 @@ from sbp_compile.verify_inputs import random_inputs
 
 if TYPE_CHECKING:
     from sbp_compile.compiler import Compiled
-
-
-_EASIER_OPSETS = (13, 14, 16, 18)
 
 
 @dataclass(frozen=True)
@@ -127,34 +125,17 @@ def _write_onnx(output: _Output, path: Path) -> FileProof | None:
 def _onnx_model(output: _Output) -> onnx.ModelProto:
     """Return the model in the opset that was asked for, else in that of the file it came from, as far as that goes."""
     asked, interface = output.options.opset, output.interface
-
-    def make(opset: int | None) -> onnx.ModelProto:
-        return onnx_model(
-            output.program,
-            output.names,
-            output.metadata,
-            opset=opset,
-            dtype=output.dtype,
-            interface=interface,
+    model = onnx_model(
+        output.program, output.names, output.metadata, opset=asked, dtype=output.dtype, interface=interface
+    )
+    if asked is None and interface is not None and opset_of(model) != interface.opset:
+        warnings.warn(
+            f"the small network cannot be written in opset {interface.opset}, which the file has; it is written in "
+            f"opset {opset_of(model)}",
+            OpsetWarning,
+            stacklevel=2,
         )
-
-    if asked is not None or interface is None:
-        return make(asked)
-    newer = [opset for opset in _EASIER_OPSETS if opset > interface.opset]
-    for opset in (interface.opset, *newer):
-        try:
-            model = make(opset)
-        except UsageError:
-            continue
-        if opset != interface.opset:
-            warnings.warn(
-                f"the small network cannot be written in opset {interface.opset}, which the file has; it is written in "
-                f"opset {opset}",
-                OpsetWarning,
-                stacklevel=2,
-            )
-        return model
-    return make(None)
+    return model
 
 
 def _write_exported(output: _Output, path: Path) -> FileProof | None:

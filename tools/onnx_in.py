@@ -252,8 +252,8 @@ def page(rows: Sequence[Row]) -> str:
         "# ONNX files of the zoo",
         "",
         "Networks with half of the channels behind their norms masked, exported as ONNX by torch's exporter (dynamo) "
-        "and by its older one (legacy), read and compiled: exact means that what was read agrees with onnxruntime on the "
-        "original file at three batch sizes (within 1e-5, or ten times what the graph itself loses to rounding in "
+        "and by its older one (legacy), read and compiled: exact means that what was read agrees with onnxruntime on "
+        "the original file at three batch sizes (within 1e-5, or ten times what the graph itself loses to rounding in "
         "float32), and the small file with both. "
         f"torch {torch.__version__}, onnx {onnx.__version__}.",
         "",

@@ -23,11 +23,11 @@ from passes.ir.program import Input, Program, TensorInfo
 from sbp_compile.capture.export import quiet_export
 from sbp_compile.capture.interface import Interface
 from sbp_compile.emit.module import emit_graph_module
+from sbp_compile.emit.opsets import EXPORTED, lowered, nearest, opset_of, without_weights
 from sbp_compile.errors import UnsupportedModelError, UsageError
 from sbp_compile.output_options import OPSET
 
 LARGEST_EMBEDDED = 2_000_000_000
-_LARGEST_READ_BY_INFERENCE = 1024
 
 
 def onnx_model(
@@ -41,20 +41,25 @@ def onnx_model(
 ) -> onnx.ModelProto:
     """Return the ONNX model of a Program, rounded to `dtype` (its own); outputs without a name are left out.
 
-    `interface`: of the ONNX file that the network came from, whose texts are kept. Dimensions are named as the user has
+    `opset`: as old as it may be, 20 if not given. `interface`: of the ONNX file that the network came from: its texts
+    are kept, and its opset, or the next one in which the network can be written. Dimensions are named as the user has
     named them, else `batch` for the leading dynamic axis and `<input>_<axis>` for the others.
     Raises UnsupportedModelError where torch's exporter has no translation of an operator, and UsageError where the
     network cannot be written in that opset.
     """
     module = emit_graph_module(program, dtype)
-    opset = OPSET if opset is None else opset
+    wanted = OPSET if opset is None else opset
+    if opset is None and interface is not None:
+        wanted = interface.opset
     _keep_outputs(module, [name is not None for name in output_names])
     names = [name for name in output_names if name is not None]
-    proto = _export(program, module, len(names), opset)
+    proto = _export(program, module, len(names), max(wanted, EXPORTED))
     model = _cleaned(proto, [entry.shown for entry in program.inputs], names)
+    if wanted < EXPORTED:
+        model = lowered(model, wanted) if opset is not None else nearest(model, wanted)
     results = zip(program.outputs, output_names, strict=True)
     _name_dimensions(model, program, [result for result, name in results if name is not None])
-    with _without_weights(model):
+    with without_weights(model):
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     model.graph.value_info.extend(inferred.graph.value_info)
     _describe(model, metadata, interface)
@@ -115,23 +120,6 @@ def _keep_texts(model: onnx.ModelProto, interface: Interface) -> None:
         value.doc_string = interface.documents.get(value.name, "")
 
 
-@contextmanager
-def _without_weights(model: onnx.ModelProto) -> Iterator[None]:
-    """Take large weights out for a while: shape inference copies the model, and refuses one beyond 2 GB."""
-    held = []
-    for tensor in model.graph.initializer:
-        if len(tensor.raw_data) > _LARGEST_READ_BY_INFERENCE:
-            held.append((tensor, tensor.raw_data))
-            tensor.ClearField("raw_data")
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-    try:
-        yield
-    finally:
-        for tensor, content in held:
-            tensor.raw_data = content
-            tensor.ClearField("data_location")
-
-
 def _export(program: Program, module: fx.GraphModule, outputs: int, opset: int) -> onnx.ModelProto:
     args = tuple(torch.zeros(entry.sizes, dtype=entry.dtype) for entry in program.inputs)
     with quiet_export(), _quiet_onnx():
@@ -158,11 +146,10 @@ def _export(program: Program, module: fx.GraphModule, outputs: int, opset: int) 
 
 def _refuse_other_opset(proto: onnx.ModelProto, opset: int) -> None:
     """Refuse what the exporter wrote in another opset, without a word, because its converter has no way there."""
-    found = next(entry.version for entry in proto.opset_import if entry.domain in {"", "ai.onnx"})
+    found = opset_of(proto)
     if found != opset:
         raise UsageError(
-            f"opset {opset} cannot express this network, as far as the ONNX version converter knows; "
-            f"opset {max(found, OPSET)} can"
+            f"opset {opset} cannot express this network, as far as the ONNX version converter knows; opset {found} can"
         )
 
 

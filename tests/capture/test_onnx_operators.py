@@ -1,4 +1,5 @@
 """Each translation of an ONNX operator against onnxruntime on the same one-node graph."""
+# ruff: noqa: E501  (graphs and tables are read better in one line)
 
 from pathlib import Path
 

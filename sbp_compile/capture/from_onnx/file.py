@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import onnx
 import onnx.checker
@@ -58,6 +58,7 @@ def load_onnx(path: Path) -> OnnxFile:
     model = _parsed(content)
     digest = hashlib.sha256(content)
     del content
+    _check_texts(model)
     _check_opset(model)
     _refuse_sparse(model.graph)
     external = {
@@ -86,6 +87,17 @@ def _parsed(content: bytes) -> onnx.ModelProto:
     if not model.ir_version or not model.HasField("graph"):
         raise ModelFileError("it is no ONNX model, or a truncated one: it has no graph")
     return model
+
+
+def _check_texts(message: Any) -> None:
+    """Refuse names and texts that are no UTF-8: the parser lets them pass, and reading them fails then."""
+    for field, value in message.ListFields():
+        values = value if field.is_repeated else [value]
+        if field.type == field.TYPE_MESSAGE:
+            for inner in values:
+                _check_texts(inner)
+        elif field.type == field.TYPE_STRING and not all(isinstance(text, str) for text in values):
+            raise ModelFileError(f"it has a damaged text in the field {field.name!r}")
 
 
 def _check_opset(model: onnx.ModelProto) -> None:

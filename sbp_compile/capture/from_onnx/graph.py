@@ -78,6 +78,8 @@ class GraphReader:
             _define([name for name in proto.output if name], defined)
             nodes.append((node, proto))
         outputs = tuple(entry.name for entry in graph.output)
+        if not outputs:
+            raise ModelFileError("its graph computes no output")
         for name in outputs:
             if name not in defined:
                 raise ModelFileError(f"output {name!r} is computed by nothing in the graph")

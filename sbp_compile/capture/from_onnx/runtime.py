@@ -16,6 +16,7 @@ from sbp_compile.capture.from_onnx.values import Value, tensor
 from sbp_compile.errors import ModelFileError, UnsupportedModelError
 
 _PARTING = 1e-4
+_LONGEST_REASON = 300
 
 
 class OriginalRun:
@@ -98,4 +99,5 @@ def _differs(a: Tensor, b: Tensor) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}..."
