@@ -21,6 +21,7 @@ from sbp_compile.baseline import plain_architecture
 from sbp_compile.capture.call import Call, captured_call
 from sbp_compile.capture.example_inputs import exported_flags
 from sbp_compile.capture.export import DynamicBatch, evaluating, export_module, quiet_export
+from sbp_compile.capture.interface import Interface
 from sbp_compile.capture.model_file import LoadedModel
 from sbp_compile.capture.program import program_from_export
 from sbp_compile.emit.module import CompiledModule, compiled_module, emit_graph_module
@@ -40,6 +41,7 @@ from sbp_compile.verify import (
     verify_float64,
 )
 from sbp_compile.verify_inputs import check_inputs, load_inputs, random_inputs
+from sbp_compile.verify_reader import verify_reader
 
 
 @dataclass
@@ -47,7 +49,8 @@ class Compiled:
     """The small network: as a torch module, as a Program, and what was done to get there.
 
     `original`: the captured network; `dense`: its plain architecture at full width; `call`: how the arguments
-    and results are nested; `output_names`: one for each flat result, None where it is no tensor.
+    and results are nested; `output_names`: one for each flat result, None where it is no tensor; `interface`: of the
+    ONNX file that it was, if it was one.
     """
 
     module: CompiledModule
@@ -62,6 +65,7 @@ class Compiled:
     source_hash: str = ""
     layers: tuple[LayerRecipe, ...] = field(repr=False, default=())
     applied: Recipe | None = field(repr=False, default=None)
+    interface: Interface | None = field(repr=False, default=None)
 
     def recipe(self) -> Recipe:
         """Return what was removed and why, in a form that another checkpoint can be compiled by."""
@@ -88,7 +92,10 @@ class Compiled:
 
     def write_onnx(self, path: Path, program: Program | None = None) -> None:
         """Write the small network, or another Program of the same interface, as ONNX without verifying it."""
-        save_onnx(onnx_model(program or self.program, self.output_names, self.metadata()), path)
+        model = onnx_model(
+            program or self.program, self.output_names, self.metadata(), interface=self.interface
+        )
+        save_onnx(model, path)
 
     def metadata(self) -> dict[str, str]:
         """Return what is written into the file about it."""
@@ -189,9 +196,15 @@ def compile_file(model: LoadedModel, **options: Any) -> Compiled:
     except ValueError as error:
         raise InputError(f"the model file's example inputs do not fit its program: {error}") from error
     tensors = call.tensors(args, model.kwargs)
-    axis_names = model.axis_names
     compiled = compile_exported(
-        model.exported_program, call, tensors, own=model.own, axis_names=axis_names, **options
+        model.exported_program,
+        call,
+        tensors,
+        own=model.own,
+        axis_names=model.axis_names,
+        interface=model.interface,
+        parting=model.parting,
+        **options,
     )
     compiled.source_hash = model.sha256
     return compiled
@@ -211,19 +224,21 @@ def compile_exported(
     recipe: Recipe | None = None,
     fill: bool = False,
     axis_names: Mapping[str, Mapping[int, str]] | None = None,
+    interface: Interface | None = None,
+    parting: Callable[[Sequence[Tensor]], str] | None = None,
 ) -> Compiled:
     """Do the same for an exported program, the call it was captured with and example tensors.
 
     `input_file`: an .npz with further inputs to verify on. `own`: the network as the user runs it, to compare with; the
     exported program itself if there is nothing else. `recipe`, `fill`: see `compile`. `axis_names`: of dynamic axes, by
-    input and axis.
+    input and axis. `interface`, `parting`: see `LoadedModel`.
     """
     times = dict(seconds or {})
     with _timed(times, "capture"):
-        original = program_from_export(exported, axis_names)
+        original = program_from_export(exported, axis_names, interface.inputs if interface else None)
         if recipe is not None:
             original = recipe.apply(original)
-            own = _as_module(original, call)
+            own, parting = _as_module(original, call), None
     feeds = [check_inputs(original, feed) for feed in (examples, *inputs)]
     if input_file is not None:
         feeds.append(load_inputs(input_file, original))
@@ -234,7 +249,7 @@ def compile_exported(
         with _timed(times, "filling"):
             changed, filled = refilled(original, pipeline)
             if changed is not original:
-                original, own = changed, _as_module(changed, call)
+                original, own, parting = changed, _as_module(changed, call), None
     with _timed(times, "passes"):
         small, notes = _run_passes(pipeline, original, steps)
     dense = plain_architecture(original)
@@ -246,6 +261,8 @@ def compile_exported(
             references, skipped = _references(own or exported.module(), call, original, feeds, devices)
             notes = (*notes, *skipped)
             verify_capture(references)
+            if parting is not None:
+                verify_reader(original, references, parting)
             error = verify_float64(original, small, references)
             proof = Verification(error, sum(_batch(entry.inputs) for entry in references))
     layers = layer_recipes(original, small, steps)
@@ -259,11 +276,12 @@ def compile_exported(
         report,
         call,
         feeds[0],
-        _output_names(original, call),
+        interface.outputs if interface else _output_names(original, call),
         references,
         _hash(original),
         layers,
         recipe,
+        interface,
     )
 
 

@@ -58,3 +58,7 @@ class PickleTrustWarning(UserWarning):
 
 class NarrowedWeightsWarning(UserWarning):
     """Weights were rounded to the dtype of the network that they were loaded into."""
+
+
+class OpsetWarning(UserWarning):
+    """The ONNX file that was given has an opset in which the small network cannot be written."""

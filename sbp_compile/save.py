@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,16 +17,18 @@ from passes.ir.pipeline import Note
 from passes.ir.program import Program
 from sbp_compile.atomic import atomic_folder
 from sbp_compile.capture.call import Call
+from sbp_compile.capture.interface import Interface
 from sbp_compile.capture.model_file import save_program
 from sbp_compile.emit.exported import exported_program
 from sbp_compile.emit.half import with_half_interface
 from sbp_compile.emit.int8 import quantised
 from sbp_compile.emit.module import CompiledModule, compiled_module, emit_graph_module
 from sbp_compile.emit.onnx_file import external_data_pattern, onnx_model, save_onnx
+from sbp_compile.emit.opsets import opset_of
 from sbp_compile.emit.source_file import is_unchanged, load_source, network_source
 from sbp_compile.emit.torchscript import TracedCall, load_torchscript, refuse_frozen_sizes, torchscript_bytes
 from sbp_compile.emit.weights import load_weights, save_weights
-from sbp_compile.errors import OutputError
+from sbp_compile.errors import OpsetWarning, OutputError
 from sbp_compile.output_options import EXPORTED, ONNX, TORCHSCRIPT, WEIGHTS, OutputOptions
 from sbp_compile.verify import Reference, verify_module, verify_onnx
 from sbp_compile.verify_half import ROUNDED_TO_HALF, half_references, verify_half_arithmetic
@@ -59,6 +62,7 @@ class _Output:
     references: tuple[Reference, ...]
     metadata: Mapping[str, str]
     options: OutputOptions
+    interface: Interface | None
 
     @property
     def cause(self) -> str | None:
@@ -111,13 +115,12 @@ def _output(compiled: Compiled, options: OutputOptions) -> _Output:
         references,
         compiled.metadata(),
         options,
+        compiled.interface,
     )
 
 
 def _write_onnx(output: _Output, path: Path) -> FileProof | None:
-    model = onnx_model(
-        output.program, output.names, output.metadata, opset=output.options.opset, dtype=output.dtype
-    )
+    model = _onnx_model(output)
     if output.options.int8 is not None:
         return _write_int8(output, model, path, output.options.int8)
     save_onnx(model, path, external_data=output.options.external_data)
@@ -138,6 +141,22 @@ def _write_int8(output: _Output, model: onnx.ModelProto, path: Path, examples: P
         save_onnx(quantised(onnx.load(str(exact)), exact, calibration.feeds), path)
         note = fidelity(exact, path, calibration)
     return None if proof is None else replace(proof, notes=(note,))
+
+
+def _onnx_model(output: _Output) -> onnx.ModelProto:
+    """Return the model in the opset that was asked for, else in that of the file it came from, as far as that goes."""
+    asked, interface = output.options.opset, output.interface
+    model = onnx_model(
+        output.program, output.names, output.metadata, opset=asked, dtype=output.dtype, interface=interface
+    )
+    if asked is None and interface is not None and opset_of(model) != interface.opset:
+        warnings.warn(
+            f"the small network cannot be written in opset {interface.opset}, which the file has; it is written in "
+            f"opset {opset_of(model)}",
+            OpsetWarning,
+            stacklevel=2,
+        )
+    return model
 
 
 def _write_exported(output: _Output, path: Path) -> FileProof | None:

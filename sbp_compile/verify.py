@@ -144,7 +144,7 @@ def verify_float64(original: Program, small: Program, references: Sequence[Refer
     for reference in references:
         results = run(small, reference.inputs)
         for position, (a, b) in enumerate(zip(reference.exact, results, strict=True)):
-            error = _output_error(a, b, [other[position] for other in reference.shifted])
+            error = output_error(a, b, [other[position] for other in reference.shifted])
             if not error <= FLOAT64_TOLERANCE:
                 raise VerificationError(
                     f"output {position} differs by {error:.1e} in float64 "
@@ -155,7 +155,8 @@ def verify_float64(original: Program, small: Program, references: Sequence[Refer
     return worst
 
 
-def _output_error(a: Any, b: Any, alternatives: Sequence[Any]) -> float:
+def output_error(a: Any, b: Any, alternatives: Sequence[Any]) -> float:
+    """Return the error of an output: relative for floats; else 0 where b equals a or an alternative in each entry."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return 0.0 if type(a) is type(b) and a == b else float("inf")
     if a.shape != b.shape:
@@ -302,7 +303,7 @@ def _file_errors(
     for (position, name), result in zip(wanted, results, strict=True):
         own, exact = reference.own[position], reference.exact[position]
         others = [exact, *(other[position] for other in reference.shifted)]
-        error = _output_error(own, result, others) if own.dtype == result.dtype else float("inf")
+        error = output_error(own, result, others) if own.dtype == result.dtype else float("inf")
         tolerance = 0.0
         if own.is_floating_point():
             tolerance = max(reference.tolerance(TOLERANCES), NOISE_FACTOR * relative_error(exact, own))
@@ -324,9 +325,9 @@ def _run_session(
 ) -> list[Tensor]:
     taken = {entry.name for entry in session.get_inputs()}
     feeds = {
-        entry.name: value.numpy()
+        entry.shown: value.numpy()
         for entry, value in zip(program.inputs, inputs, strict=True)
-        if entry.name in taken
+        if entry.shown in taken
     }
     return [torch.as_tensor(value) for value in session.run(None, feeds)]
 

@@ -81,7 +81,7 @@ def inputs_of(
     arrays: Mapping[str, NDArray[np.generic]], path: str | Path, program: Program
 ) -> tuple[Tensor, ...]:
     """Return the arrays of an .npz file as inputs; raises as `load_inputs` does."""
-    names = [entry.name for entry in program.inputs]
+    names = [entry.shown for entry in program.inputs]
     if set(arrays) != set(names) and len(arrays) == len(names) == 1:
         arrays = {names[0]: next(iter(arrays.values()))}
     if set(arrays) != set(names):
@@ -103,10 +103,10 @@ def check_inputs(program: Program, tensors: Sequence[Tensor]) -> tuple[Tensor, .
         for axis, size in enumerate(tensor.shape):
             if _is_static(entry, axis):
                 continue
-            name, wanted = seen.setdefault(entry.key(axis), (entry.name, size))
+            name, wanted = seen.setdefault(entry.key(axis), (entry.shown, size))
             if size != wanted:
                 raise InputError(
-                    f"input {entry.name!r} has size {size} along axis {axis}, where {name!r} has {wanted}; "
+                    f"input {entry.shown!r} has size {size} along axis {axis}, where {name!r} has {wanted}; "
                     "the two must agree"
                 )
     return tuple(found)
@@ -120,10 +120,10 @@ def _fitted(entry: Input, value: Tensor) -> Tensor:
     )
     if not fits:
         wanted = [size if size == other else "any" for size, other in pairs]
-        raise InputError(f"input {entry.name!r} has shape {list(value.shape)}, the model takes {wanted}")
+        raise InputError(f"input {entry.shown!r} has shape {list(value.shape)}, the model takes {wanted}")
     if (
         value.is_floating_point() != entry.dtype.is_floating_point
         or value.is_complex() != entry.dtype.is_complex
     ):
-        raise InputError(f"input {entry.name!r} has dtype {value.dtype}, the model takes {entry.dtype}")
+        raise InputError(f"input {entry.shown!r} has dtype {value.dtype}, the model takes {entry.dtype}")
     return value.detach().to("cpu", entry.dtype)

@@ -37,7 +37,7 @@ def load_calibration(path: str | Path, program: Program) -> Calibration:
     Raises `InputError`.
     """
     arrays = read_arrays(path)
-    is_input = LABELS in {entry.name for entry in program.inputs}
+    is_input = LABELS in {entry.shown for entry in program.inputs}
     labels = None if is_input else arrays.pop(LABELS, None)
     tensors = inputs_of(arrays, path, program)
     examples = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
@@ -57,7 +57,7 @@ def _feeds(program: Program, tensors: Sequence[Tensor]) -> Iterator[Feed]:
     step = BATCH if all(moving) else 1
     for start in range(0, size or 1, step):
         yield {
-            entry.name: (value[start : start + step] if size else value).numpy() for entry, value in entries
+            entry.shown: (value[start : start + step] if size else value).numpy() for entry, value in entries
         }
 
 

@@ -48,6 +48,7 @@ LAYERS = (
     "sbp_compile.tuning",
     "sbp_compile.verify",
     "sbp_compile.verify_half",
+    "sbp_compile.verify_reader",
     "sbp_compile.verify_inputs",
     "sbp_compile.verify_int8",
     "sbp_compile.save",

@@ -48,6 +48,7 @@ class Input(Sized):
     `sizes`, `other_sizes` and `far_sizes` are three admissible shapes that agree along exactly the static axes. The
     first two are of everyday size; the third lies far off, so that sizes like n // 70 do not agree by chance
     (default: the second again). `axis_names`: (axis, name) of dynamic axes that the user has named.
+    `label`: the user's name for it, where that is another than the graph's (any text; empty: the same).
     """
 
     name: str
@@ -56,6 +57,12 @@ class Input(Sized):
     other_sizes: tuple[int, ...]
     far_sizes: tuple[int, ...] = ()
     axis_names: tuple[tuple[int, str], ...] = ()
+    label: str = ""
+
+    @property
+    def shown(self) -> str:
+        """What the user calls the input."""
+        return self.label or self.name
 
     @property
     def working_dtype(self) -> torch.dtype:

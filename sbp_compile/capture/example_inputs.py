@@ -208,7 +208,10 @@ def dynamic_shapes(
         for axis in entries:
             given[name] = _at_least_two(given[name], name, axis)
     dims = {
-        name: Dim(name, min=1) for entries in wanted.values() for axis, name in entries.items() if axis == 0
+        name: Dim(name if name.isidentifier() else f"size_{number}", min=1)
+        for number, entries in enumerate(wanted.values())
+        for axis, name in entries.items()
+        if axis == 0
     }
     shapes: dict[str, dict[int, Any] | None] = {
         name: {axis: dims.get(label, Dim.AUTO) for axis, label in wanted.get(name, {}).items()}

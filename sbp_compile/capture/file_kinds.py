@@ -11,7 +11,7 @@ from sbp_compile.errors import ModelFileError
 
 UNDERSTOOD = (
     "understood are files of sbp_compile.save_model, .pt2 files (torch.export.save) without pickled parts, TorchScript "
-    "archives, state dicts, safetensors and, if you trust them, pickled modules"
+    "archives, ONNX models, state dicts, safetensors and, if you trust them, pickled modules"
 )
 
 
@@ -22,6 +22,7 @@ class Kind(enum.Enum):
     TORCHSCRIPT = "a TorchScript archive"
     PICKLE = "a file of torch.save"
     SAFETENSORS = "a safetensors file"
+    ONNX = "an ONNX model"
 
 
 _ZIP, _EMPTY_ZIP = b"PK\x03\x04", b"PK\x05\x06"
@@ -66,7 +67,7 @@ def _kind(file: IO[bytes]) -> Kind | str:
         if head.startswith(signature):
             return f"{kind}; {UNDERSTOOD}"
     if head[:1] == b"\x08" and head[1:2] <= b"\x20" and head[2:3] in b"\x12\x1a\x22\x28\x32\x3a\x42":
-        return "an ONNX model; give the PyTorch module, TorchScript archive or weights it was exported from"
+        return Kind.ONNX
     if head[4:8] == b"TFL3":
         return f"a TensorFlow Lite model; {UNDERSTOOD}"
     return f"of a format that is not known; {UNDERSTOOD}"

@@ -9,23 +9,33 @@ import dataclasses
 import hashlib
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sbp_compile.capture import example_inputs as examples
+from sbp_compile.capture import from_onnx
 from sbp_compile.capture.architecture import Factory, build
 from sbp_compile.capture.checkpoint import find_module, find_state, load_state, read_pickled, read_safetensors
 from sbp_compile.capture.example_inputs import Axes, Named
 from sbp_compile.capture.export import DynamicBatch, evaluating, export_module
 from sbp_compile.capture.file_kinds import Kind, recognise
+from sbp_compile.capture.from_onnx import OnnxFile, OnnxNetwork
 from sbp_compile.capture.model_file import LoadedModel, load_program
 from sbp_compile.capture.pickle_screen import StoredTensor
 from sbp_compile.capture.torchscript import load_torchscript, runs_on_the_cpu
-from sbp_compile.errors import InputError, ModelFileError, UnsupportedModelError, UsageError
+from sbp_compile.errors import (
+    BatchPinnedWarning,
+    InputError,
+    ModelFileError,
+    UnsupportedModelError,
+    UsageError,
+)
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,8 @@ def load_model(
 ) -> LoadedModel:
     """Read a model file, recognised by its content: one call's captured network, ready to compile.
 
-    Files of `save_model`; .pt2 files without pickled parts; TorchScript archives; state dicts, alone or in a
-    checkpoint dictionary, and safetensors, which need `arch`; pickled modules, which need `trust_pickle`.
+    Files of `save_model`; .pt2 files without pickled parts; TorchScript archives; ONNX files; state dicts, alone or in
+    a checkpoint dictionary, and safetensors, which need `arch`; pickled modules, which need `trust_pickle`.
 
     `example_inputs`: a tensor, a tuple of positional arguments, or tensors by name; `kwargs`: keyword arguments.
     Needed where the file brings none; `fallback_inputs`: tensors by name that are used only then.
@@ -148,11 +158,73 @@ def _load_safetensors(path: Path, wanted: _Wanted) -> LoadedModel:
     return _capture(path, module, wanted, _as_given(module))
 
 
+def _load_onnx(path: Path, wanted: _Wanted) -> LoadedModel:
+    file = from_onnx.load_onnx(path)
+    network = from_onnx.onnx_network(file)
+    run = from_onnx.OriginalRun(file, network)
+    wanted = dataclasses.replace(wanted, **_onnx_call(path, file, network, wanted))
+    model = _capture_onnx(path, network, wanted, run)
+    names = [str(name) for name in model.exported_program.graph_signature.user_inputs]
+    interface = from_onnx.interface_of(file, dict(zip(names, network.input_names, strict=True)))
+    return dataclasses.replace(model, sha256=file.sha256, interface=interface, parting=run.parting)
+
+
+def _onnx_call(path: Path, file: OnnxFile, network: OnnxNetwork, wanted: _Wanted) -> dict[str, Any]:
+    """Return example inputs and dynamic axes, as the caller or else the file says, by the names of arguments."""
+    declared, source = from_onnx.declared_inputs(file), repr(path.name)
+    arguments = dict(zip(network.input_names, inspect.signature(network.forward).parameters, strict=True))
+    given = wanted.example_inputs
+    if given is None:
+        try:
+            given = from_onnx.example_inputs(declared, source)
+        except InputError:
+            given = wanted.fallback_inputs
+            if given is None:
+                raise
+    if isinstance(given, Mapping):
+        given = {arguments.get(name, name): value for name, value in given.items()}
+        given, _ = examples.bind(network.forward, given, source)
+    given = (given,) if isinstance(given, Tensor) else tuple(given)
+    from_onnx.check_shapes(declared, given)
+    axes = {arguments.get(name, name): entries for name, entries in wanted.dynamic_axes.items()}
+    from_onnx.check_axes(declared, list(arguments.values()), axes)
+    if not axes:
+        axes = {arguments[entry.name]: entry.open_axes for entry in declared if entry.open_axes}
+    with torch.no_grad():
+        network(*given)  # refuses by name what torch.export would refuse in its own words
+    return {"example_inputs": given, "dynamic_axes": axes, "dynamic_batch": False, "kwargs": {}}
+
+
+def _capture_onnx(path: Path, network: OnnxNetwork, wanted: _Wanted, own: Callable[..., Any]) -> LoadedModel:
+    """Capture with all axes open that the file leaves open; where the graph fixes one all the same, with fewer."""
+    leading = {name: {0: axes[0]} for name, axes in wanted.dynamic_axes.items() if 0 in axes}
+    refusal: UnsupportedModelError | None = None
+    for axes in (wanted.dynamic_axes, leading, {}):
+        if refusal is not None and axes == wanted.dynamic_axes:
+            continue
+        try:
+            model = _capture(path, network, dataclasses.replace(wanted, dynamic_axes=axes), own)
+        except UnsupportedModelError as error:
+            refusal = refusal or error
+            continue
+        if refusal is not None:
+            kept = "the leading axes stay open" if axes else "all sizes are those of the example"
+            warnings.warn(
+                f"the graph fixes sizes that the file leaves open: {kept} ({refusal})",
+                BatchPinnedWarning,
+                stacklevel=4,
+            )
+        return model
+    assert refusal is not None
+    raise refusal
+
+
 _LOADERS: Mapping[Kind, Callable[[Path, _Wanted], LoadedModel]] = {
     Kind.PROGRAM: _load_program,
     Kind.TORCHSCRIPT: _load_torchscript,
     Kind.PICKLE: _load_pickle,
     Kind.SAFETENSORS: _load_safetensors,
+    Kind.ONNX: _load_onnx,
 }
 
 

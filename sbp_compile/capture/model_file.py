@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from sbp_compile.capture import file_archive as layout
 from sbp_compile.capture.export import DynamicBatch, export_module, quiet_export
 from sbp_compile.capture.file_archive import Archive, Digest, Record, write_archive
 from sbp_compile.capture.file_inputs import pack_inputs, unpack_inputs
+from sbp_compile.capture.interface import Interface
 from sbp_compile.capture.screen import screen
 from sbp_compile.errors import InputError, ModelFileError, UnsupportedModelError
 
@@ -41,6 +42,8 @@ class LoadedModel:
     `kwargs`: its keyword arguments. `metadata`: tool and torch version, for files of `save_model`.
     `sha256`: of the records of the program and its tensors, 64 hexadecimal digits. `own`: the network as its user runs
     it, where that is something else than the exported program. `axis_names`: of dynamic axes, by input and axis.
+    `interface`: of the ONNX file it was. `parting`: where `own` is another runtime's run of a graph that was
+    translated, names the first value at which the two part for some inputs.
     """
 
     exported_program: ExportedProgram
@@ -50,6 +53,8 @@ class LoadedModel:
     sha256: str = ""
     own: Callable[..., Any] | None = None
     axis_names: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    interface: Interface | None = None
+    parting: Callable[[Sequence[Tensor]], str] | None = None
 
 
 def save_model(

@@ -19,11 +19,13 @@ from sbp_compile.errors import UnsupportedModelError
 
 
 def program_from_export(
-    exported: ExportedProgram, axis_names: Mapping[str, Mapping[int, str]] | None = None
+    exported: ExportedProgram,
+    axis_names: Mapping[str, Mapping[int, str]] | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> Program:
     """Return the Program of an exported program, in the ATen dialect that `run_decompositions({})` leaves.
 
-    `axis_names`: of dynamic axes, by input and axis.
+    `axis_names`: of dynamic axes, by input and axis; `labels`: the user's names of inputs, by the program's.
 
     Raises UnsupportedModelError where the graph mutates buffers or inputs, draws random
     numbers, or computes with values that are not finite: NaN anywhere, infinity in a parameter. (An infinite
@@ -49,7 +51,8 @@ def program_from_export(
                 value = node.meta["val"]
                 sizes = [hints.sizes(value, which) for which in range(3)]
                 names = tuple(sorted((axis_names or {}).get(node.name, {}).items()))
-                inputs.append(Input(node.name, value.dtype, sizes[0], sizes[1], sizes[2], names))
+                label = (labels or {}).get(node.name, "")
+                inputs.append(Input(node.name, value.dtype, sizes[0], sizes[1], sizes[2], names, label))
                 env[node] = graph.create_node("placeholder", node.name, (), {}, name=node.name)
                 env[node].meta = provenance(node)
             else:

@@ -21,13 +21,14 @@ from torch.export import Dim
 from passes.ir.analysis import size_source
 from passes.ir.program import Input, Program, TensorInfo
 from sbp_compile.capture.export import quiet_export
+from sbp_compile.capture.interface import Interface
 from sbp_compile.emit.module import emit_graph_module
 from sbp_compile.emit.onnx_gathers import gather_rows
+from sbp_compile.emit.opsets import EXPORTED, lowered, nearest, opset_of, without_weights
 from sbp_compile.errors import UnsupportedModelError, UsageError
 from sbp_compile.output_options import OPSET
 
 LARGEST_EMBEDDED = 2_000_000_000
-_LARGEST_READ_BY_INFERENCE = 1024
 
 
 def onnx_model(
@@ -37,25 +38,32 @@ def onnx_model(
     *,
     opset: int | None = None,
     dtype: torch.dtype | None = None,
+    interface: Interface | None = None,
 ) -> onnx.ModelProto:
     """Return the ONNX model of a Program, rounded to `dtype` (its own); outputs without a name are left out.
 
-    Interface dimensions are named as the user has named them, else `batch` for the leading dynamic axis and
-    `<input>_<axis>` for the others.
+    `opset`: as old as it may be, 20 if not given. `interface`: of the ONNX file that the network came from: its texts
+    are kept, and its opset, or the next one in which the network can be written. Dimensions are named as the user has
+    named them, else `batch` for the leading dynamic axis and `<input>_<axis>` for the others.
     Raises UnsupportedModelError where torch's exporter has no translation of an operator, and UsageError where the
     network cannot be written in that opset.
     """
     module = emit_graph_module(program, dtype)
-    opset = OPSET if opset is None else opset
+    wanted = OPSET if opset is None else opset
+    if opset is None and interface is not None:
+        wanted = interface.opset
     _keep_outputs(module, [name is not None for name in output_names])
     names = [name for name in output_names if name is not None]
-    model = _cleaned(_export(program, module, len(names), opset), names)
+    proto = _export(program, module, len(names), max(wanted, EXPORTED))
+    model = _cleaned(proto, [entry.shown for entry in program.inputs], names)
+    if wanted < EXPORTED:
+        model = lowered(model, wanted) if opset is not None else nearest(model, wanted)
     results = zip(program.outputs, output_names, strict=True)
     _name_dimensions(model, program, [result for result, name in results if name is not None])
-    with _without_weights(model):
+    with without_weights(model):
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     model.graph.value_info.extend(inferred.graph.value_info)
-    _describe(model, metadata)
+    _describe(model, metadata, interface)
     return model
 
 
@@ -92,29 +100,25 @@ def weight_bytes(model: onnx.ModelProto) -> int:
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
 
 
-def _describe(model: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
+def _describe(model: onnx.ModelProto, metadata: Mapping[str, str], interface: Interface | None) -> None:
     model.producer_name, model.producer_version = "sbp_compile", metadata.get("sbp_compile.version", "")
+    if interface is not None:
+        _keep_texts(model, interface)
+        metadata = {**interface.metadata, **metadata}
     del model.metadata_props[:]
     for key in sorted(metadata):
         entry = model.metadata_props.add()
         entry.key, entry.value = key, metadata[key]
 
 
-@contextmanager
-def _without_weights(model: onnx.ModelProto) -> Iterator[None]:
-    """Take large weights out for a while: shape inference copies the model, and refuses one beyond 2 GB."""
-    held = []
-    for tensor in model.graph.initializer:
-        if len(tensor.raw_data) > _LARGEST_READ_BY_INFERENCE:
-            held.append((tensor, tensor.raw_data))
-            tensor.ClearField("raw_data")
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-    try:
-        yield
-    finally:
-        for tensor, content in held:
-            tensor.raw_data = content
-            tensor.ClearField("data_location")
+def _keep_texts(model: onnx.ModelProto, interface: Interface) -> None:
+    for name, text in interface.texts.items():
+        setattr(model, name, text)
+    model.model_version = interface.version
+    model.graph.name = interface.graph_name or model.graph.name
+    model.graph.doc_string = interface.graph_document
+    for value in (*model.graph.input, *model.graph.output):
+        value.doc_string = interface.documents.get(value.name, "")
 
 
 def _export(program: Program, module: fx.GraphModule, outputs: int, opset: int) -> onnx.ModelProto:
@@ -143,11 +147,10 @@ def _export(program: Program, module: fx.GraphModule, outputs: int, opset: int) 
 
 def _refuse_other_opset(proto: onnx.ModelProto, opset: int) -> None:
     """Refuse what the exporter wrote in another opset, without a word, because its converter has no way there."""
-    found = next(entry.version for entry in proto.opset_import if entry.domain in {"", "ai.onnx"})
+    found = opset_of(proto)
     if found != opset:
         raise UsageError(
-            f"opset {opset} cannot express this network, as far as the ONNX version converter knows; "
-            f"opset {max(found, OPSET)} can"
+            f"opset {opset} cannot express this network, as far as the ONNX version converter knows; opset {found} can"
         )
 
 
@@ -189,16 +192,17 @@ def _keep_outputs(module: fx.GraphModule, wanted: list[bool]) -> None:
     module.recompile()
 
 
-def _cleaned(proto: onnx.ModelProto, output_names: list[str]) -> onnx.ModelProto:
-    """Name the outputs, remove dead nodes, drop the exporter's notes (source lines among them).
+def _cleaned(proto: onnx.ModelProto, input_names: list[str], output_names: list[str]) -> onnx.ModelProto:
+    """Name inputs and outputs, remove dead nodes, drop the exporter's notes (source lines among them).
 
     The exporter would give an output a name that a value inside the graph may already have.
     """
     graph = gs.import_onnx(proto)
+    taken, inputs = {*input_names, *output_names}, {id(tensor) for tensor in graph.inputs}
     for name, tensor in graph.tensors(check_duplicates=True).items():
-        if name in output_names:
+        if name in taken and id(tensor) not in inputs:
             tensor.name = f"{name}.inner"
-    for tensor, name in zip(graph.outputs, output_names, strict=True):
+    for tensor, name in zip([*graph.inputs, *graph.outputs], [*input_names, *output_names], strict=True):
         tensor.name = name
     gather_rows(graph)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()

@@ -95,12 +95,13 @@ class OnnxruntimeTuner:
             name = next(iter(distinct))
             return name, Note("tuning", f"{layers}; no width is better than the fewest channels")
         first = next(iter(programs.values()))
-        shapes = {entry.name: _timed_shape(entry) for entry in first.inputs}
+        shapes = {entry.shown: _timed_shape(entry) for entry in first.inputs}
         with tempfile.TemporaryDirectory() as folder:
             files = {name: Path(folder) / f"{name}.onnx" for name in distinct}
             for name, program in distinct.items():
                 save_onnx(
-                    onnx_model(program, [f"y{at}" for at in range(len(program.outputs))], {}), files[name]
+                    onnx_model(program, [f"sbp_compile.{at}" for at in range(len(program.outputs))], {}),
+                    files[name],
                 )
             found = compare(
                 files,

@@ -252,7 +252,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "npz": (lambda path: write_zip(path, **{"x.npy": b"\x93NUMPY"}), "NumPy archive"),
     "npy": (lambda path: path.write_bytes(b"\x93NUMPY\x01\x00"), "NumPy array"),
     "hdf5": (lambda path: path.write_bytes(b"\x89HDF\r\n"), "HDF5"),
-    "ONNX": (save_onnx, "ONNX model"),
+    "empty ONNX": (save_onnx, "computes no output"),
     "old pt2": (lambda path: write_zip(path, **{"serialized_exported_program.json": b"{}"}), "old torch"),
     "module": (torch_save(nn.Linear(2, 2)), "holds pickled objects .torch.nn.modules.linear.Linear"),
     "old module": (

@@ -199,7 +199,7 @@ def test_the_same_network_gives_the_same_two_files_twice(tmp_path: Path) -> None
     assert len(found[0]) == 2
 
 
-@pytest.mark.parametrize("opset", [14, 18, 21])
+@pytest.mark.parametrize("opset", [11, 14, 18, 21])
 def test_the_opset_can_be_chosen(opset: int, tmp_path: Path) -> None:
     compiled = sbp_compile.compile(Large(), torch.randn(4, 32))
     compiled.save(tmp_path / "small.onnx", opset=opset)
@@ -209,7 +209,9 @@ def test_the_opset_can_be_chosen(opset: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("opset", [9, 99])
 def test_an_opset_that_the_converter_does_not_reach_is_refused(opset: int, tmp_path: Path) -> None:
     compiled = sbp_compile.compile(Large(), torch.randn(4, 32))
-    with pytest.raises(UsageError, match=f"opset {opset} cannot express this network.*opset 20 can"):
+    with pytest.raises(
+        UsageError, match=f"opset {opset} cannot express this network.*(opset 18 can|11 is the oldest)"
+    ):
         compiled.save(tmp_path / "small.onnx", opset=opset)
     assert not names(tmp_path)
 
