@@ -105,10 +105,10 @@ def test_known_times_are_not_taken_again():
     times = LayerTimes.of_this_machine()
     OnnxruntimeTuner(times, seconds=0.2).target(program, minimal, AVX512)
     before = dict(times.seconds)
-    again = OnnxruntimeTuner(times, seconds=0.2)
+    again = OnnxruntimeTuner(times, seconds=1e-9)
     again.target(program, minimal, AVX512)
     assert times.seconds == before
-    assert again.measured == again.asked == len(before) > 0
+    assert again.asked >= again.measured == len(before) > 0
 
 
 def test_a_budget_that_is_over_leaves_the_rest_to_the_table():
