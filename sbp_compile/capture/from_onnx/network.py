@@ -179,6 +179,7 @@ def argument_names(names: Iterable[str]) -> list[str]:
     """Return names of Python arguments for the names of a graph's inputs, each once."""
     found: list[str] = []
     for name in names:
+        name = re.sub(r"^val_(?=\d+$)", "input_val_", name)  # torch's ONNX exporter gives such names itself
         found.append(_free(_identifier(name), lambda text: text not in found))
     return found
 
