@@ -6,6 +6,7 @@
 #   make zoo        every architecture of tests/zoo, masked and compiled, against a bound (half an hour on two cores)
 #   make bench      what the compiler makes against the dense and the minimal network, in turns (hours)
 #   make paper      train the paper's networks and their baselines on the data that is there (hours; it goes on)
+#   make onnx-in    every architecture of tests/zoo through ONNX files (hours)
 #   make rules      every rule against the real operator, RULE_SAMPLES samples each, from RULE_SEED on
 #   make mutation   MUTANTS small changes of the passes, and whether the tests notice
 #   make interrupts stop the command line while it writes, INTERRUPTS times in each way, and look at what is left
@@ -26,7 +27,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DEMO_MODEL := models/lenet5-sbp-digits.pt
 
-.PHONY: bench bench-cuda compare cuda demo paper test test-slow fuzz zoo rules mutation interrupts lint clean
+.PHONY: bench bench-cuda compare cuda demo paper test test-slow fuzz zoo rules mutation interrupts lint clean onnx-in
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -45,6 +46,10 @@ fuzz: $(READY)
 
 zoo: $(READY)
 	$(BIN)/python tools/zoo.py --write
+
+onnx-in: $(READY)
+	mkdir -p out
+	$(BIN)/python tools/onnx_in.py --json out/onnx-in.json --write
 
 bench: $(READY)
 	mkdir -p out

@@ -52,8 +52,8 @@ examples:
   python -m sbp_compile traced.ts -o small.onnx --input x=1x3x224x224:float32 --dynamic x:0=batch,2=height
   python -m sbp_compile weights.safetensors -o small.onnx --arch networks:ResNet --input 1x3x224x224
 
-Files of sbp_compile.save_model(module, example_inputs, "model.pt") bring everything. TorchScript archives
-and .pt2 files bring the network, state dicts and safetensors the weights alone. Nothing is unpickled that
+Files of sbp_compile.save_model(module, example_inputs, "model.pt") bring everything. ONNX files, TorchScript
+archives and .pt2 files bring the network, state dicts and safetensors the weights alone. Nothing is unpickled that
 could run code, unless --trust-pickle says so.
 
 exit codes:

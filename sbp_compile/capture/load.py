@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sbp_compile.capture import example_inputs as examples
@@ -190,8 +189,7 @@ def _onnx_call(path: Path, file: OnnxFile, network: OnnxNetwork, wanted: _Wanted
     from_onnx.check_axes(declared, list(arguments.values()), axes)
     if not axes:
         axes = {arguments[entry.name]: entry.open_axes for entry in declared if entry.open_axes}
-    with torch.no_grad():
-        network(*given)  # refuses by name what torch.export would refuse in its own words
+    network.check(given)
     return {"example_inputs": given, "dynamic_axes": axes, "dynamic_batch": False, "kwargs": {}}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import torch
@@ -101,6 +102,8 @@ def _attribute_names(program: Program) -> dict[str, str]:
     names = {}
     for name in program.constants:
         wanted = name.replace(".", "_")
+        if re.fullmatch(r"val_\d+", wanted):  # torch's ONNX exporter gives such names to values of its own
+            wanted = f"constant_{wanted}"
         while wanted in taken:
             wanted += "_"
         names[name] = wanted

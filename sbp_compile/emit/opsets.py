@@ -46,10 +46,11 @@ def lowered(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     try:
         light = _spelled_out(light, opset)
         _cut_shapes(light.graph, opset)
-        _put_aside(light.graph, opset)
-        light.opset_import.append(onnx.helper.make_opsetid(_ASIDE, 1))
-        light = onnx.version_converter.convert_version(light, opset)
-        _take_back(light)
+        for step in range(EXPORTED - 1, opset - 1, -1):
+            _put_aside(light.graph, step)
+            light.opset_import.append(onnx.helper.make_opsetid(_ASIDE, 1))
+            light = onnx.version_converter.convert_version(light, step)
+            _take_back(light)
         onnx.checker.check_model(light)
         onnx.shape_inference.infer_shapes(light, check_type=True, strict_mode=True)
     except Exception as error:  # the converter is C++ and raises what it likes
@@ -160,7 +161,7 @@ def _cut_shapes(graph: onnx.GraphProto, opset: int) -> None:
 
 
 def _put_aside(graph: onnx.GraphProto, opset: int) -> None:
-    """Move calls that read the same in both opsets to a domain that the converter leaves alone."""
+    """Move calls that read the same in an opset and the next one to a domain that the converter leaves alone."""
     zeros = {entry.name for entry in graph.initializer if _holds_zero(entry)}
     for node in graph.node:
         if node.op_type == "Reshape" and node.input[1] not in zeros:  # nothing that allowzero could say
@@ -178,9 +179,9 @@ def _holds_zero(tensor: onnx.TensorProto) -> bool:
 
 
 def _reads_the_same(node: onnx.NodeProto, opset: int) -> bool:
-    """Whether a call is spelled the same in an older opset; attributes that are neutral and younger are taken off."""
+    """Whether a call of the next opset is spelled the same; attributes that are neutral and younger are taken off."""
     try:
-        old, new = (onnx.defs.get_schema(node.op_type, version) for version in (opset, EXPORTED))
+        old, new = (onnx.defs.get_schema(node.op_type, version) for version in (opset, opset + 1))
     except onnx.defs.SchemaError:
         return False
     if old.since_version == new.since_version:

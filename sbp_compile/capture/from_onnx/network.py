@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import onnx
+import torch
 from torch import Tensor, nn
 
 from sbp_compile.capture.from_onnx import (  # each fills the table of translations
@@ -66,6 +67,16 @@ class OnnxNetwork(nn.Module):
         results = [_as_result(value) for value in self.run(self._graph, values)]
         return results[0] if len(results) == 1 else tuple(results)
 
+    def check(self, args: Sequence[Tensor]) -> None:
+        """Make the calls on sizes alone: refuses by name what torch.export would refuse in words of its own.
+
+        Nothing is computed, so values that would fill the memory are refused before they are made.
+        """
+        state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        sizes = {name: value.to("meta") for name, value in state.items()}
+        with torch.no_grad(), torch.device("meta"):
+            torch.func.functional_call(self, sizes, tuple(value.to("meta") for value in args))
+
     def calls(self, args: Sequence[Tensor], watch: Callable[[str, Value], None]) -> None:
         """Make the calls of the graph, and show each value to `watch`."""
         self.run(self._graph, dict(zip(self.input_names, args, strict=True)), watch)
@@ -118,17 +129,10 @@ class OnnxNetwork(nn.Module):
         return TRANSLATIONS[node.op](node, *operands)
 
     def _constant(self, name: str) -> Value:
-        held = (
-            self.get_parameter(path)
-            if self._is_parameter(path := self._names[name])
-            else self.get_buffer(path)
-        )
+        home, _, leaf = self._names[name].rpartition(".")
+        held: Tensor = getattr(self.get_submodule(home), leaf)
         small = self._small.get(name)
         return held if small is None else as_known(small, held.dtype, held)
-
-    def _is_parameter(self, path: str) -> bool:
-        home, _, leaf = path.rpartition(".")
-        return leaf in self.get_submodule(home)._parameters
 
     def _adopt(self, name: str, value: Tensor, *, trained: bool) -> None:
         """Register a constant under its own name, made one that Python has."""
@@ -179,6 +183,7 @@ def argument_names(names: Iterable[str]) -> list[str]:
     """Return names of Python arguments for the names of a graph's inputs, each once."""
     found: list[str] = []
     for name in names:
+        name = re.sub(r"^val_(?=\d+$)", "input_val_", name)  # torch's ONNX exporter gives such names itself
         found.append(_free(_identifier(name), lambda text: text not in found))
     return found
 
