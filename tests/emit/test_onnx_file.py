@@ -243,7 +243,7 @@ class NamedAsByTheExporter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for number in range(6):
             x = torch.where(x[:, :1] > 0, x, x.softmax(-1) + getattr(self, f"val_{number}").mean() * 2)
-            x = torch.cat([x, getattr(self, f"val_{number}")[:1].expand(len(x), -1)], 1)[:, 2:6]
+            x = torch.cat([x, getattr(self, f"val_{number}")[:1].expand(x.shape[0], -1)], 1)[:, 2:6]
         return x
 
 
