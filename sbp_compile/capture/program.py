@@ -17,6 +17,9 @@ from sbp_compile.capture.dialect import copy_call, provenance, widened
 from sbp_compile.capture.export import quiet_export
 from sbp_compile.errors import UnsupportedModelError
 
+# What casts leave behind: it names a dtype that need not hold in float64, and returns nothing.
+_CHECKS = frozenset({torch.ops.aten._assert_tensor_metadata.default})
+
 
 def program_from_export(
     exported: ExportedProgram,
@@ -59,7 +62,7 @@ def program_from_export(
                 env[node] = getattr(spec.arg, "value", None)
         elif node.op == "get_attr":
             env[node] = _attribute(exported, node, graph, constants, dtypes)
-        elif node.op == "call_function":
+        elif node.op == "call_function" and node.target not in _CHECKS:
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
             if holds_branches(node, args):
                 env[node] = copy_control_flow(graph, node, args)

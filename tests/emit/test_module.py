@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sbp_compile
+from sbp_compile.capture.program import program_from_export
 from sbp_compile.emit.module import CompiledModule, emit_graph_module
 from tests.networks import Masked, assert_close
 
@@ -134,3 +135,27 @@ def test_subnormal_weights_are_flushed_at_emission_only(compiled: sbp_compile.Co
     [emitted] = [value for key, value in module.named_parameters() if key == name.replace(".", "_")]
     assert bool((emitted == 0).all())
     assert bool((constants[name] != 0).all())
+
+
+class NamedAsByTheExporter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("val_45", torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() + self.val_45
+
+
+def test_no_constant_has_a_name_that_torchs_onnx_exporter_gives_itself() -> None:
+    module = sbp_compile.compile(NamedAsByTheExporter(), torch.randn(2, 4)).module
+    assert not any(name.rpartition(".")[2] == "val_45" for name in module.state_dict())
+
+
+def test_a_program_as_captured_can_be_emitted_with_its_casts() -> None:
+    def forward(_: nn.Module, x: Tensor) -> Tensor:
+        return x.double().sum(-1).float()
+
+    network = type("Casts", (nn.Module,), {"forward": forward})()
+    x = torch.randn(2, 4)
+    module = emit_graph_module(program_from_export(torch.export.export(network, (x,))))
+    torch.testing.assert_close(module(x)[0], network(x))

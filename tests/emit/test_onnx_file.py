@@ -232,21 +232,3 @@ def test_an_operator_that_the_exporter_does_not_know_is_refused_in_one_line(tmp_
     assert "\n" not in str(found.value)
     assert not list(tmp_path.iterdir())
     compiled.save(tmp_path / "small.pt2")
-
-
-class NamedAsByTheExporter(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        for number in range(6):
-            self.register_buffer(f"val_{number}", torch.randn(3, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for number in range(6):
-            x = torch.where(x[:, :1] > 0, x, x.softmax(-1) + getattr(self, f"val_{number}").mean() * 2)
-            x = torch.cat([x, getattr(self, f"val_{number}")[:1].expand(x.shape[0], -1)], 1)[:, 2:6]
-        return x
-
-
-def test_constants_may_have_the_names_that_the_exporter_gives(tmp_path: Path) -> None:
-    sbp_compile.compile(NamedAsByTheExporter(), torch.randn(2, 4)).save(tmp_path / "small.onnx")
-    assert (tmp_path / "small.onnx").exists()
