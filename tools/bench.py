@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -80,9 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     console = Console(soft_wrap=True)
     found = Results.read(options.json)
-    found.commands.append(
-        " ".join(["python tools/bench.py", *(sys.argv[1:] if arguments is None else arguments)])
-    )
+    found.commands.append(shlex.join(["python", "tools/bench.py", *(arguments or sys.argv[1:])]))
     for threads in options.threads:
         found.peaks[threads] = max(peak(threads), found.peaks.get(threads, 0.0))
     for case in CASES:
