@@ -15,7 +15,7 @@ from tests.fuzz.networks import Spec, Step
 FLOAT64_NETWORKS = 40
 MASKS_EACH = 4
 DRAWN_NETWORKS = 50
-ONNX_NETWORKS = 36
+ONNX_NETWORKS = 24
 FLOAT64_CHUNK, ONNX_CHUNK = 10, 6
 LEAST_TESTED = 0.8  # torch refuses some networks with dynamic sizes, all their masks at once
 
