@@ -176,7 +176,7 @@ def cross(draw: Draw, builder: Builder, source: int) -> bool:
         return False
     sizes = x.sizes[2], builder.shape(partner).sizes[2]
     layer = MultiHead(draw, *sizes) if draw.chance(0.4) else Attention(draw, *sizes, False)
-    return builder.add(layer.eval(), (source, partner))
+    return builder.add(layer, (source, partner))
 
 
 ATTENTION: dict[str, Kind] = {"attention": attention, "multihead": multihead, "transformer": transformer}

@@ -79,7 +79,8 @@ class Builder:
         return draw.one(found) if found else None
 
     def add(self, module: nn.Module, arguments: tuple[int, ...], known: int | None = None) -> bool:
-        """Append a layer (or an earlier one again) if it runs and its values stay small and finite."""
+        """Append a layer (or an earlier one again) in eval mode if it runs and its values stay small and finite."""
+        module.eval()
         try:
             with torch.no_grad():
                 results = [

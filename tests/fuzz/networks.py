@@ -119,7 +119,7 @@ def apply(step: Step, builder: Builder) -> bool:
         done = JOINS[step.kind](draw, builder, source)
     else:
         module = KINDS[step.kind](draw, builder.shape(source))
-        done = module is not None and builder.add(module.eval(), (source,))
+        done = module is not None and builder.add(module, (source,))
     return done
 
 

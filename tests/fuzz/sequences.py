@@ -111,7 +111,7 @@ def embedding(draw: Draw, builder: Builder, source: int) -> bool:
         mask(draw, y, x.rank) if draw.chance(0.6) else None,
         shift(draw, y, x.rank) if draw.chance(0.4) else None,
     ]
-    return builder.add(sequence(parts).eval(), (source,))
+    return builder.add(sequence(parts), (source,))
 
 
 SEQUENCES: dict[str, Kind] = {"recurrent": recurrent}
