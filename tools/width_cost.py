@@ -14,11 +14,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
 from rich.console import Console
 from rich.progress import track
 
@@ -28,6 +25,7 @@ from passes.targets import Layer, Target, this_cpu
 from sbp_compile.atomic import write_atomically
 from sbp_compile.timing import environment
 from sbp_compile.timing.session import open_session
+from sbp_compile.tuning.layer_models import input_sizes, layer_model
 
 RESULT = Path(__file__).resolve().parents[1] / "docs" / "results" / "widths.md"
 DEPTH = 4
@@ -62,38 +60,13 @@ class Kind:
 KINDS = (Kind("3x3", 3), Kind("1x1", 1), Kind("depthwise 3x3, 1x1", 1, depthwise=True), Kind("linear", 0))
 
 
-def chain(kind: Kind, width: int) -> bytes:
-    """DEPTH layers of one width with relus, as an ONNX model with a dynamic batch and size."""
-    generator = np.random.default_rng(0)
-    nodes: list[onnx.NodeProto] = []
-    weights: list[onnx.TensorProto] = []
-    value = "x"
-
-    def add(operator: str, *shape: int, **attributes: Any) -> None:
-        nonlocal value
-        name = f"layer_{len(nodes)}"
-        weight = generator.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
-        for suffix, array in (("weight", weight), ("bias", np.zeros(shape[0]))):
-            weights.append(onnx.numpy_helper.from_array(array.astype(np.float32), f"{name}_{suffix}"))
-        nodes.append(
-            helper.make_node(operator, [value, f"{name}_weight", f"{name}_bias"], [name], **attributes)
-        )
-        nodes.append(helper.make_node("Relu", [name], [f"{name}_relu"]))
-        value = f"{name}_relu"
-
-    for _ in range(DEPTH):
-        if kind.kernel == 0:
-            add("Gemm", width, width, transB=1)
-            continue
-        if kind.depthwise:
-            add("Conv", width, 1, 3, 3, pads=[1] * 4, group=width)
-        add("Conv", width, width, kind.kernel, kind.kernel, pads=[kind.kernel // 2] * 4)
-    shape: list[str | int] = ["batch", width] if kind.kernel == 0 else ["batch", width, "height", "width"]
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", value)]
-    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], weights)
-    opset = helper.make_opsetid("", 20)
-    content: bytes = helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString()
-    return content
+def chain(kind: Kind, size: int, width: int) -> list[tuple[Layer, int, int]]:
+    """DEPTH layers of one width, on images of size x size."""
+    rank, positions = (0, 1) if kind.kernel == 0 else (2, size * size)
+    layers = [Layer(rank, max(kind.kernel, 1) ** 2, positions)]
+    if kind.depthwise:
+        layers.insert(0, Layer(rank, 9, positions, groups=width, is_depthwise=True))
+    return DEPTH * [(layer, width, width) for layer in layers]
 
 
 def fastest(kind: Kind, size: int, batch: int, seconds: float) -> dict[int, float]:
@@ -101,8 +74,9 @@ def fastest(kind: Kind, size: int, batch: int, seconds: float) -> dict[int, floa
     generator = np.random.default_rng(0)
     runs = []
     for width in WIDTHS:
-        session = open_session(f"{kind.name} {width}", chain(kind, width), provider="cpu", threads=1)
-        shape = (batch, width) if kind.kernel == 0 else (batch, width, size, size)
+        layers = chain(kind, size, width)
+        session = open_session(f"{kind.name} {width}", layer_model(layers, batch), provider="cpu", threads=1)
+        shape = input_sizes(layers[0][0], width, batch)
         feed = {"x": generator.standard_normal(shape).astype(np.float32)}
         session.run(None, feed)
         runs.append((width, session, feed))
@@ -118,11 +92,7 @@ def fastest(kind: Kind, size: int, batch: int, seconds: float) -> dict[int, floa
 
 def estimate(target: Target, kind: Kind, size: int, batch: int, width: int) -> float:
     """What a target's table says of the same chain, in seconds."""
-    rank, positions = (0, 1) if kind.kernel == 0 else (2, size * size)
-    layers = [Layer(rank, max(kind.kernel, 1) ** 2, positions)]
-    if kind.depthwise:
-        layers.append(Layer(rank, 9, positions, groups=width, is_depthwise=True))
-    return DEPTH * batch * sum(target.seconds(layer, width, width) for layer in layers)
+    return batch * sum(target.seconds(*each) for each in chain(kind, size, width))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
