@@ -211,7 +211,7 @@ def widths_of(minimal: Program, original: Program, target: Target) -> Widths:
     network = network_of(minimal, coupling)
     room: dict[Coupling, Room] = {}
     concatenations: dict[Coupling, tuple[Coupling, ...]] = {}
-    originals = {node.meta["origin"].name: node for node in original.infos if "origin" in node.meta}
+    originals = original.by_origin()
     for node in minimal.calls():
         info = minimal.infos.get(node)
         for axis in () if info is None else info.static_axes:

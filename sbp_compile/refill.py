@@ -116,7 +116,7 @@ def _applications(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> Iterator[t
 
 def _kept(small: Program, canonical: Program, tied: Ties) -> dict[Coupling, int]:
     """How many channels a network keeps at each coupling of the canonical one: the most of any value there."""
-    originals = {node.meta["origin"].name: node for node in canonical.infos if "origin" in node.meta}
+    originals = canonical.by_origin()
     found: dict[Coupling, int] = {}
     for node, info in small.infos.items():
         origin: Origin | None = node.meta.get("origin")
@@ -131,7 +131,7 @@ def _kept(small: Program, canonical: Program, tied: Ties) -> dict[Coupling, int]
 
 def _by_coupling(sites: Sequence[Site], canonical: Program, tied: Ties) -> dict[Coupling, list[Site]]:
     """The sites whose channels are numbered together; without those that canonical spelling has merged away."""
-    originals = {node.meta["origin"].name: node for node in canonical.infos if "origin" in node.meta}
+    originals = canonical.by_origin()
     found: dict[Coupling, list[Site]] = {}
     for site in sites:
         node = originals.get(site.applied.name)

@@ -138,7 +138,7 @@ def _write_int8(output: _Output, model: onnx.ModelProto, path: Path, examples: P
         proof = None
         if output.references:
             proof = FileProof(*verify_onnx(exact, output.references, output.program, output.names))
-        save_onnx(quantised(onnx.load(str(exact)), exact, calibration.feeds), path)
+        save_onnx(quantised(model, exact, calibration.feeds), path)
         note = fidelity(exact, path, calibration)
     return None if proof is None else replace(proof, notes=(note,))
 

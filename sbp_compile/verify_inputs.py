@@ -22,7 +22,7 @@ def random_inputs(program: Program, examples: Sequence[Tensor], seed: int = 0) -
     example's size in the first, another admissible size in the second.
     """
     generator = torch.Generator().manual_seed(seed)
-    leading = {entry.key(0) for entry in program.inputs if entry.sizes and not _is_static(entry, 0)}
+    leading = {entry.key(0) for entry in program.inputs if entry.sizes and not entry.is_static(0)}
     found = []
     for batch in (1, 3):
         shapes = [
@@ -38,14 +38,10 @@ def random_inputs(program: Program, examples: Sequence[Tensor], seed: int = 0) -
     return found
 
 
-def _is_static(entry: Input, axis: int) -> bool:
-    return len(set(entry.key(axis))) == 1
-
-
 def _shape(entry: Input, example: Tensor, batch: int | None, *, other: bool) -> tuple[int, ...]:
     shape = list(example.shape)
     for axis in range(len(shape)):
-        if _is_static(entry, axis):
+        if entry.is_static(axis):
             continue
         if axis == 0 and batch is not None:
             shape[axis] = batch
@@ -101,7 +97,7 @@ def check_inputs(program: Program, tensors: Sequence[Tensor]) -> tuple[Tensor, .
     for entry, tensor in zip(program.inputs, tensors, strict=True):
         found.append(_fitted(entry, tensor))
         for axis, size in enumerate(tensor.shape):
-            if _is_static(entry, axis):
+            if entry.is_static(axis):
                 continue
             name, wanted = seen.setdefault(entry.key(axis), (entry.shown, size))
             if size != wanted:

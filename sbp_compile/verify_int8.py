@@ -52,7 +52,7 @@ def load_calibration(path: str | Path, program: Program) -> Calibration:
 def _feeds(program: Program, tensors: Sequence[Tensor]) -> Iterator[Feed]:
     """Batches of examples where every leading axis is dynamic, else everything at once."""
     entries = list(zip(program.inputs, tensors, strict=True))
-    moving = [entry.sizes and entry.sizes[0] != entry.other_sizes[0] for entry, _ in entries]
+    moving = [entry.sizes and not entry.is_static(0) for entry, _ in entries]
     size = tensors[0].shape[0] if all(moving) else 0
     step = BATCH if all(moving) else 1
     for start in range(0, size or 1, step):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from sbp_compile.atomic import atomic_path
 
@@ -63,19 +63,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _panel(axes: object, rows: Sequence[Row]) -> None:
+def _panel(axes: Any, rows: Sequence[Row]) -> None:
     """Points of one setting on logarithmic axes, the networks named at ours."""
-    plot = axes
     largest = 1.0
     for name, marker in zip(SHOWN, MARKERS, strict=True):
         found = [row for row in rows if name in row.medians]
         ratios = [row.macs["dense"] / row.macs[name] for row in found]
         speed_ups = [row.medians["dense"] / row.medians[name] for row in found]
-        plot.loglog(ratios, speed_ups, marker, label=name, fillstyle="none")  # type: ignore[attr-defined]
+        axes.loglog(ratios, speed_ups, marker, label=name, fillstyle="none")
         largest = max([largest, *ratios, *speed_ups])
         if name == "ours":
             for row, x, y in zip(found, ratios, speed_ups, strict=True):
-                plot.annotate(  # type: ignore[attr-defined]
-                    row.network, (x, y), textcoords="offset points", xytext=(5, -8), fontsize=7
-                )
-    plot.loglog([1, largest], [1, largest], "k:", linewidth=0.8, label="ideal")  # type: ignore[attr-defined]
+                place = {"textcoords": "offset points", "xytext": (5, -8)}
+                axes.annotate(row.network, (x, y), fontsize=7, **place)
+    axes.loglog([1, largest], [1, largest], "k:", linewidth=0.8, label="ideal")

@@ -31,6 +31,7 @@ from sbp_compile.timing import (
     progress_bar,
     require_provider,
 )
+from sbp_compile.timing.inputs import Shapes
 
 DESCRIPTION = """\
 Times ONNX models in onnxruntime and says how much faster each is than the first, with a 95% interval.
@@ -127,9 +128,6 @@ class Setting:
     provider: str
     threads: int
     batch: int
-
-
-Shapes = dict[str, int | list[int | str]]
 
 
 def _profiles(

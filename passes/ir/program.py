@@ -40,6 +40,9 @@ class Sized:
         """An axis' size under each example shape: equal keys, equal sizes."""
         return self.sizes[axis], self.other_sizes[axis], self.far_sizes[axis]
 
+    def is_static(self, axis: int) -> bool:
+        return len(set(self.key(axis))) == 1
+
 
 @dataclass(frozen=True)
 class Input(Sized):
@@ -82,9 +85,6 @@ class TensorInfo(Sized):
     @property
     def rank(self) -> int:
         return len(self.sizes)
-
-    def is_static(self, axis: int) -> bool:
-        return len(set(self.key(axis))) == 1
 
     @cached_property
     def static_axes(self) -> tuple[int, ...]:
@@ -176,6 +176,10 @@ class Program:
         if isinstance(node, fx.Node) and node.op == "get_attr":
             return self.constants[str(node.target)]
         return None
+
+    def by_origin(self) -> dict[str, fx.Node]:
+        """The tensor values by the name of the original value that they carry."""
+        return {node.meta["origin"].name: node for node in self.infos if "origin" in node.meta}
 
     @cached_property
     def infos(self) -> Mapping[fx.Node, TensorInfo]:

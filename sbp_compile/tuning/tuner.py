@@ -127,14 +127,14 @@ class OnnxruntimeTuner:
     def _batch(self, program: Program) -> int:
         """The batch that is asked for, where the network takes it."""
         entries = [entry for entry in program.inputs if entry.sizes]
-        dynamic = [entry for entry in entries if entry.sizes[0] != entry.other_sizes[0]]
+        dynamic = [entry for entry in entries if not entry.is_static(0)]
         return self.times.batch if dynamic or not entries else entries[0].sizes[0]
 
 
 def _timed_shape(entry: Input) -> list[int | str]:
     """The example's sizes, with the batch where the leading axis is dynamic."""
-    moves = bool(entry.sizes) and entry.sizes[0] != entry.other_sizes[0]
-    return ["batch", *entry.sizes[1:]] if moves else list(entry.sizes)
+    is_batch = bool(entry.sizes) and not entry.is_static(0)
+    return ["batch", *entry.sizes[1:]] if is_batch else list(entry.sizes)
 
 
 def _of_one_layer(keys: Sequence[Key]) -> Iterator[list[Key]]:
