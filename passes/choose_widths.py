@@ -89,26 +89,26 @@ class ChooseWidths(Pipeline):
 
     def _widened(self, program: Program, minimal: Run, target: Target) -> Run:
         """The fastest by the target's estimate of the minimal network and those that follow from it."""
-        best, steps = minimal
+        best = last = minimal
         pins: Pins = program.pinned
         for _ in range(ROUNDS):
-            wanted = widths_of(best.program, program, target).pins()
+            wanted = widths_of(last[0].program, program, target).pins()
             if not wanted:
                 break
             pins = _joined(pins, wanted)
-            wider, taken = self._minimal(program.replace(pinned=pins))
-            if seconds(wider.program, target) >= seconds(best.program, target):
-                break
-            best, steps = wider, taken
-        return best, steps
+            last = self._minimal(program.replace(pinned=pins))
+            if seconds(last[0].program, target) < seconds(best[0].program, target):
+                best = last
+        return best
 
 
 @dataclass(frozen=True, eq=False)
 class Room:
-    """An original value's name, an axis of it, and the original indices there that the minimal network is without."""
+    """An original value's name, an axis of it, and the original indices there: what the minimal network has, and not."""
 
     name: str
     axis: int
+    kept: Tensor
     removed: Tensor
 
 
@@ -184,12 +184,15 @@ class Widths:
         return self.now[coupling] + sum(self.now[part] - self.before[part] for part in parts)
 
     def pins(self) -> Pins:
-        """What to pin so that each coupling gets its width: the first of the removed channels."""
+        """What to pin so that each coupling gets its width: the first of the removed channels.
+
+        And the kept ones, for some of these may be there to carry constants only, which the added ones can do as well.
+        """
         found: dict[str, dict[int, Tensor]] = {}
         for coupling, room in self.room.items():
             more = self.now[coupling] - self.before[coupling]
             if more:
-                found.setdefault(room.name, {})[room.axis] = room.removed[:more]
+                found.setdefault(room.name, {})[room.axis] = torch.cat([room.kept, room.removed[:more]])
         return found
 
 
@@ -238,8 +241,9 @@ def _room(
     if axis >= info.rank or not info.is_static(axis):
         return None
     had = before.meta["origin"].indices(axis, info)
-    removed = had[~torch.isin(had, origin.indices(axis, minimal.infos[node]))]
-    return Room(origin.name, axis, removed) if len(removed) else None
+    kept = origin.indices(axis, minimal.infos[node])
+    removed = had[~torch.isin(had, kept)]
+    return Room(origin.name, axis, kept, removed) if len(removed) else None
 
 
 def _joined(first: Pins, second: Pins) -> Pins:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from passes.ir.analysis import is_constant
+from passes.ir.analysis import PINNED, is_constant
 from passes.ir.cost import CostModel, CountingModel
+from passes.ir.keep import KeepSets
 from passes.ir.lattice import all_over_others, along, any_over_others
 from passes.ir.pipeline import Note, Result
 from passes.ir.program import Program
@@ -60,15 +61,26 @@ class LayOutConstants:
         if found is None:
             return None
         channels, total = found
-        basis = int(analysis.keep.get(this.x, this.axis)[channels].sum())
+        basis = analysis.keep.get(this.x, this.axis)[channels]
+        if not bool((basis & ~_pinned(analysis.keep, this)[channels]).any()):
+            return None
         entries = analysis.keep.count(node, this.axis) * this.positions
         taps = int(this.weight[0, 0].numel())
-        if not self.cost.map_pays(entries, basis * taps * entries // this.groups):
+        if not self.cost.map_pays(entries, int(basis.sum()) * taps * entries // this.groups):
             return None
         weight = this.weight.clone()
         blocks = weight.view(this.groups, this.out_per_group, *weight.shape[1:])
         blocks[channels // this.in_per_group, :, channels % this.in_per_group] = 0.0
         return this, weight, total
+
+
+def _pinned(keep: KeepSets, this: Contraction) -> Tensor:
+    """The channels of x that stay whether or not they stand for constants; bool, (channels,)."""
+    found = torch.zeros(this.in_channels, dtype=torch.bool)
+    for reason, mask in keep.reason_masks(this.x.name, this.axis):
+        if reason == PINNED:
+            found |= mask
+    return found
 
 
 def _uneven(this: Contraction, program: Program) -> tuple[Tensor, Tensor] | None:

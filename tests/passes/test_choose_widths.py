@@ -171,3 +171,37 @@ def test_the_table_says_what_was_measured():
     assert AVX512.seconds(layer, 33, 33) < AVX512.seconds(layer, 36, 36)
     assert AVX512.seconds(layer, 48, 48) < AVX512.seconds(layer, 45, 45)
     assert AVX512.seconds(layer, 20, 20) == AVX512.seconds(layer, 32, 32)
+
+
+class Uneven(nn.Module):
+    """Depthwise layers with padding behind channels that all hold other constants."""
+
+    def __init__(self, *stages) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        parts, inputs = [], 3
+        for width, kept in stages:
+            shift = torch.randn(1, width, 1, 1).abs()
+            masks = Mask(width, kept), Mask(width, kept)
+            for mask in masks:
+                mask.shift = shift
+            parts += [nn.Conv2d(inputs, width, 1), masks[0], nn.ReLU()]
+            parts += [nn.Conv2d(width, width, 3, padding=1, groups=width), masks[1], nn.ReLU()]
+            inputs = width
+        self.parts = nn.Sequential(*parts, nn.Conv2d(inputs, 5, 1)).double()
+
+    def forward(self, x):
+        return self.parts(x)
+
+
+def test_channels_that_fill_a_width_stand_for_constants_as_well():
+    program, small = compiled(Uneven((16, 6)), images(16))
+    assert widths(small) == [(3, 16), (16, 16), (16, 5)]
+    assert not any(node.target is torch.ops.aten.add.Tensor for node in small.calls()), "no map beside them"
+    assert_same(program, small)
+
+
+def test_a_width_is_reached_although_some_channels_stay_only_for_constants():
+    program, small = compiled(Uneven((16, 6), (32, 11), (48, 17)), images(16))
+    assert [outputs % 4 for _, outputs in widths(small)[:-1]] == [0] * 6
+    assert_same(program, small)
