@@ -43,10 +43,9 @@ def removes_anything(program: Program, analysis: Analysis) -> bool:
     for node, info in program.infos.items():
         if node.op != "call_function":
             continue
-        if is_constant(program, node, analysis.facts):
-            if not _is_expanded_constant(program, node):
-                return True
-        elif not all(analysis.keep.is_full(node, axis) for axis in info.static_axes):
+        if is_constant(program, node, analysis.facts) and not _is_expanded_constant(program, node):
+            return True
+        if not all(analysis.keep.is_full(node, axis) for axis in info.static_axes):
             return True
     return False
 

@@ -65,3 +65,27 @@ def test_two_axes_of_the_same_small_range_are_told_apart():
 
 def test_a_constant_summed_over_the_batch_follows_the_batch():
     check(Then(torch.zeros(3), lambda x: (x + 1.0).sum(0)), torch.randn(2, 3))
+
+
+class OfConstants(nn.Module):
+    """Constants of dynamic size through one padded depthwise layer twice, then a layer of which one channel is read."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)
+        self.last = nn.Conv2d(6, 6, 1)
+        self.register_buffer("mask", (torch.arange(6) == 2).float().view(-1, 1, 1))
+
+    def forward(self, x):
+        constants = torch.sigmoid(x.expand(-1, 6, -1, -1) * 0.0)
+        return self.last(self.shared(constants) * self.mask)
+
+
+def test_an_expanded_constant_of_which_not_all_is_read_is_cut_in_the_same_sweep():
+    height, width = torch.export.Dim("height", min=4), torch.export.Dim("width", min=4)
+    original = capture(OfConstants(), torch.randn(2, 1, 9, 11), dynamic=({2: height, 3: width},))
+    result = default_pipeline()(original).program
+    x = torch.randn(2, 1, 13, 17, dtype=torch.float64)
+    torch.testing.assert_close(run(result, x)[0], run(original, x)[0], rtol=1e-12, atol=0.0)
+    assert all(value.shape != (6, 1, 3, 3) for value in result.constants.values())
