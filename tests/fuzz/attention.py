@@ -15,12 +15,17 @@ from tests.fuzz.norms import over_last, shift
 SPELLINGS = ("fused", "fused", "causal", "biased", "parts", "einsum", "bmm")
 
 
+def _tokens(width: int) -> Shape:
+    """As many tokens as there may be: a mask along them would broadcast k to other tokens than v has."""
+    return Shape((2, 3, width), (3, 5, width))
+
+
 def projection(draw: Draw, size: int, out: int) -> nn.Module:
     """A linear layer with a mask on its result, and perhaps constants behind that."""
     layer = nn.Linear(size, out, bias=draw.chance(0.6))
     fill(draw, layer)
     thin(draw, layer)
-    y = Shape((2, 3, out), (3, 3, out))
+    y = _tokens(out)
     return sequence(
         [
             layer,
@@ -47,7 +52,7 @@ class Attention(nn.Module):
             self.q = projection(draw, size, self.heads * self.width)
             self.k = projection(draw, context, keys * self.width)
             self.v = projection(draw, context, keys * self.values)
-        self.noise = mask(draw, Shape((2, 3, total), (3, 3, total)), 2) if draw.chance(0.4) else nn.Identity()
+        self.noise = mask(draw, _tokens(total), 2) if draw.chance(0.4) else nn.Identity()
         self.out = projection(draw, total, size)
 
     def extra_repr(self) -> str:
