@@ -1,5 +1,7 @@
 """Graph-to-graph passes that shrink a network to the channels that matter; they need torch and nothing else."""
 
+from collections.abc import Mapping
+
 from passes.absorb_constants import AbsorbConstants
 from passes.align_heads import AlignHeads
 from passes.analyze_channels import AnalyzeChannels
@@ -8,9 +10,9 @@ from passes.choose_widths import ChooseWidths, Tuner, widths_of
 from passes.compose_readings import ComposeReadings
 from passes.fold_permutations import FoldPermutations
 from passes.fold_scales import FoldScales
-from passes.ir.cost import CostModel, CountingModel, FewestMacs
+from passes.ir.cost import CostModel, CountingModel, FewestCalls, FewestMacs
 from passes.ir.errors import LintError, PassError, UnsupportedError
-from passes.ir.pipeline import Note, Pipeline, Result, Step
+from passes.ir.pipeline import Note, Pass, Pipeline, Result, Step
 from passes.ir.program import Input, Program, TensorInfo
 from passes.lay_out_constants import LayOutConstants
 from passes.merge_normalized import MergeNormalized
@@ -27,11 +29,21 @@ def default_pipeline(
 ) -> Pipeline:
     """The passes in the order that the compiler runs them, until nothing changes.
 
-    `cost` decides what is cheaper where there is a choice (default: `CountingModel`); `target` knows which widths run
-    fast (default: none, the minimal network); `tuner` measures what the target's table guesses, and which network is
-    the fastest.
+    `cost` decides what is cheaper where there is a choice (default: `CountingModel`, and with a tuner each of `COSTS`
+    is tried); `target` knows which widths run fast (default: none, the minimal network); `tuner` measures what the
+    target's table guesses, and which network is the fastest.
     """
-    cost = cost or CountingModel()
+    others = {} if cost is not None else {name: _passes(other) for name, other in COSTS.items()}
+    return ChooseWidths(
+        _passes(cost or CountingModel()), name="default", target=target, tuner=tuner, alternatives=others
+    )
+
+
+COSTS: Mapping[str, CostModel] = {"every gather and map": FewestMacs(), "no gather, no map": FewestCalls()}
+"""Other answers to what the default cost model guesses, for a tuner to measure."""
+
+
+def _passes(cost: CostModel) -> tuple[Pass, ...]:
     rounds = Pipeline(
         (
             FoldScales(),  # first: a scale of zero becomes a zero row or column, which the sweeps see
@@ -52,24 +64,20 @@ def default_pipeline(
         name="shrink",
         repeat=True,
     )
-    return ChooseWidths(
-        (
-            Canonicalize(),  # one dialect for everything after it
-            SeparateAxes(),  # channels that are multiplied with a dynamic axis can be numbered only apart from it
-            ComposeReadings(),  # before any keep set: pieces of one value become independent of each other
-            rounds,
-            AnalyzeChannels(),
-            SeparateEdges(cost),  # last: what no coupling could remove is worth a gather only now
-            rounds,  # cuts what the gathers set free
-            RemoveDead(),
-        ),
-        name="default",
-        target=target,
-        tuner=tuner,
+    return (
+        Canonicalize(),  # one dialect for everything after it
+        SeparateAxes(),  # channels that are multiplied with a dynamic axis can be numbered only apart from it
+        ComposeReadings(),  # before any keep set: pieces of one value become independent of each other
+        rounds,
+        AnalyzeChannels(),
+        SeparateEdges(cost),  # last: what no coupling could remove is worth a gather only now
+        rounds,  # cuts what the gathers set free
+        RemoveDead(),
     )
 
 
 __all__ = [
+    "COSTS",
     "TARGETS",
     "AbsorbConstants",
     "AlignHeads",
@@ -79,6 +87,7 @@ __all__ = [
     "ComposeReadings",
     "CostModel",
     "CountingModel",
+    "FewestCalls",
     "FewestMacs",
     "FoldPermutations",
     "FoldScales",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.ir.analysis import analyze
-from passes.ir.pipeline import Callback, Note, Pipeline, Result, Step
+from passes.ir.pipeline import Callback, Note, Pass, Pipeline, Result, Step
 from passes.ir.program import Origin, Pins, Program
 from passes.ir.ties import ties
 from passes.network import Coupling, Network, Touched, layers, network_of, seconds
@@ -55,25 +55,34 @@ class Tuner(Protocol):
 class ChooseWidths(Pipeline):
     """A pipeline that runs its passes once for the minimal network, and once more for each choice of widths.
 
-    With a `tuner` there are three networks, minimal, by the target's table and by measured layers, and it says which is
-    taken. Callbacks see the passes of the run that was taken.
+    With a `tuner` there are several networks: minimal, by the target's table, by measured layers, the latter by each of
+    `alternatives`, and with every channel that could stay. It says which is taken. Callbacks see the passes of the run
+    that was taken.
     """
 
     target: Target | None = None
     tuner: Tuner | None = field(default=None, compare=False)
     watchers: tuple[Callback, ...] = field(default=(), compare=False)
+    alternatives: Mapping[str, tuple[Pass, ...]] = field(default_factory=dict, compare=False)
+    """Passes that decide otherwise, for the tuner to choose from."""
 
     def with_callback(self, callback: Callback) -> Pipeline:
         return replace(self, watchers=(*self.watchers, callback))
 
     def __call__(self, program: Program) -> Result:
-        taken = minimal = self._minimal(program)
+        taken = minimal = self._run_all(self.passes, program)
         notes: tuple[Note, ...] = ()
         if self.target is not None:
-            taken = self._widened(program, minimal, self.target)
+            taken = self._widened(self.passes, program, minimal, self.target)
         if self.tuner is not None:
             measured = self.tuner.target(program, minimal[0].program, self.target)
-            runs = {"minimal": minimal, "table": taken, "tuned": self._widened(program, minimal, measured)}
+            runs = {"minimal": minimal, "table": taken}
+            for name, passes in {"tuned": self.passes, **self.alternatives}.items():
+                own = minimal if passes is self.passes else self._run_all(passes, program)
+                runs[name] = self._widened(passes, program, own, measured)
+            every = widths_of(minimal[0].program, program, measured).most()
+            wide = program.replace(pinned=_joined(program.pinned, every))
+            runs["every channel"] = self._run_all(self.passes, wide)
             name, note = self.tuner.fastest({name: run[0].program for name, run in runs.items()})
             taken, notes = runs[name], (note,)
         result, steps = taken
@@ -82,12 +91,12 @@ class ChooseWidths(Pipeline):
                 watcher(step)
         return replace(result, notes=(*result.notes, *notes))
 
-    def _minimal(self, program: Program) -> Run:
+    def _run_all(self, passes: tuple[Pass, ...], program: Program) -> Run:
         steps: list[Step] = []
-        inner = Pipeline(self.passes, self.name, self.repeat, self.limit).with_callback(steps.append)
+        inner = Pipeline(passes, self.name, self.repeat, self.limit).with_callback(steps.append)
         return inner(program), steps
 
-    def _widened(self, program: Program, minimal: Run, target: Target) -> Run:
+    def _widened(self, passes: tuple[Pass, ...], program: Program, minimal: Run, target: Target) -> Run:
         """The fastest by the target's estimate of the minimal network and those that follow from it."""
         best = last = minimal
         pins: Pins = program.pinned
@@ -96,7 +105,7 @@ class ChooseWidths(Pipeline):
             if not wanted:
                 break
             pins = _joined(pins, wanted)
-            last = self._minimal(program.replace(pinned=pins))
+            last = self._run_all(passes, program.replace(pinned=pins))
             if seconds(last[0].program, target) < seconds(best[0].program, target):
                 best = last
         return best
@@ -104,7 +113,7 @@ class ChooseWidths(Pipeline):
 
 @dataclass(frozen=True, eq=False)
 class Room:
-    """An original value's name, an axis of it, and the original indices there: what the minimal network has, and not."""
+    """An original value, an axis of it, and the original indices there: what the minimal network has, and has not."""
 
     name: str
     axis: int
@@ -149,7 +158,7 @@ class Widths:
         """The width it has first, so that it stays where nothing is gained."""
         least = self.before[coupling]
         most = least + len(self.room[coupling].removed)
-        others = (least, *self.target.widths(least))
+        others = (least, *self.target.widths(least), most)
         now = self.now[coupling]
         return [now, *(width for width in others if width <= most and width != now)]
 
@@ -188,9 +197,16 @@ class Widths:
 
         And the kept ones, for some of these may be there to carry constants only, which the added ones can do as well.
         """
+        return self._pins({coupling: self.now[coupling] - self.before[coupling] for coupling in self.room})
+
+    def most(self) -> Pins:
+        """What to pin so that every channel stays that could."""
+        return self._pins({coupling: len(room.removed) for coupling, room in self.room.items()})
+
+    def _pins(self, added: Mapping[Coupling, int]) -> Pins:
         found: dict[str, dict[int, Tensor]] = {}
-        for coupling, room in self.room.items():
-            more = self.now[coupling] - self.before[coupling]
+        for coupling, more in added.items():
+            room = self.room[coupling]
             if more:
                 found.setdefault(room.name, {})[room.axis] = torch.cat([room.kept, room.removed[:more]])
         return found

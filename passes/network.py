@@ -6,7 +6,7 @@ agree, and between a layer and anything else, the values have to be moved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -41,6 +41,11 @@ ANY_LAYOUT = frozenset(
     }
 )
 """What onnxruntime runs on packed channels as well as on plain ones."""
+ACTIVATIONS = frozenset(
+    {aten.relu.default, aten.sigmoid.default, aten.tanh.default, aten.hardtanh.default, aten.clamp.default}
+)
+"""What onnxruntime does along with the layer in front."""
+VIEWS = frozenset({aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim})
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,17 @@ class Way:
 
 
 class Network:
-    """Layers with the couplings of their input and output channels, and the ways between them."""
+    """Layers with the couplings of their input and output channels, the ways between them, and everything else.
 
-    def __init__(self, layers: list[tuple[Layer, Coupling, Coupling]], ways: list[Way]) -> None:
+    `passed`: the entries, for one example, of each call that is no layer and that none does along.
+    """
+
+    def __init__(
+        self, layers: list[tuple[Layer, Coupling, Coupling]], ways: list[Way], passed: Sequence[int] = ()
+    ) -> None:
         self.layers = layers
         self.ways = ways
+        self.passed = passed
         self._layers_at: dict[Coupling, list[int]] = {}
         self._ways_of: dict[int | None, list[int]] = {}
         for number, (_, x, y) in enumerate(layers):
@@ -77,7 +88,7 @@ class Network:
     def seconds(self, target: Target, width: Width, touched: Touched | None = None) -> float:
         """The target's estimate for one example, of everything or of a part."""
         layers, ways = touched or (range(len(self.layers)), range(len(self.ways)))
-        total = 0.0
+        total = 0.0 if touched else sum(map(target.passing, self.passed))
         for number in layers:
             layer, x, y = self.layers[number]
             total += target.seconds(layer, width(x), width(y))
@@ -103,7 +114,7 @@ def layers(program: Program) -> Iterator[Contraction]:
 
 
 def network_of(program: Program, coupling: Named) -> Network:
-    """The layers of a Program and the ways from and to its convolutions of images."""
+    """The layers of a Program, the ways from and to its convolutions of images, and what else it does with entries."""
     found: list[tuple[Layer, Coupling, Coupling]] = []
     images: dict[fx.Node, int] = {}
     described = list(layers(program))
@@ -112,32 +123,62 @@ def network_of(program: Program, coupling: Named) -> Network:
         if layer.is_of_images:
             images[this.op.node] = len(found)
         found.append((layer, coupling(this.x, this.axis), coupling(this.op.node, this.axis)))
-    ways = [way for this in described if this.op.node in images for way in _ways(this, images, coupling)]
-    return Network(found, ways)
+    blocked = _may_be_blocked(program, images)
+    ways = [
+        way for this in described if this.op.node in images for way in _ways(this, images, blocked, coupling)
+    ]
+    free = blocked | {this.op.node for this in described}
+    return Network(
+        found, ways, [_entries(program, node) for node in program.calls() if _moves(program, node, free)]
+    )
 
 
-def _ways(this: Contraction, images: dict[fx.Node, int], coupling: Named) -> Iterator[Way]:
+def _may_be_blocked(program: Program, images: Mapping[fx.Node, int]) -> set[fx.Node]:
+    """Results of convolutions of images, and of operators that take any layout of them alone."""
+    found = set(images)
+    for node in program.calls():
+        if node.target in ANY_LAYOUT and all(operand in found for operand in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _moves(program: Program, node: fx.Node, free: set[fx.Node]) -> bool:
+    """Whether a call reads and writes entries that no layer does along."""
+    if node in free or node.target in VIEWS or node not in program.infos:
+        return False
+    return not (node.target in ACTIVATIONS and node.args[0] in free)
+
+
+def _entries(program: Program, node: fx.Node) -> int:
+    """Entries of a value for one example, about: those of the whole where the batch does not lead."""
+    sizes = program.infos[node].sizes
+    return prod(sizes[1:]) if sizes and not program.infos[node].is_static(0) else prod(sizes)
+
+
+def _ways(
+    this: Contraction, images: Mapping[fx.Node, int], blocked: set[fx.Node], coupling: Named
+) -> Iterator[Way]:
     """The way into a layer, and the one out of it to anything that is no such layer."""
     node = this.op.node
     before, after = (prod(info.sizes[axis] for axis in this.spatial) for info in (this.info, this.op.out))
-    yield Way(images.get(_source(this.x)), images[node], coupling(this.x, this.axis), before)
-    if not all(_is_read_by(user, images) for user in node.users):
+    yield Way(images.get(_source(this.x, blocked)), images[node], coupling(this.x, this.axis), before)
+    if not all(_is_read_by(user, images, blocked) for user in node.users):
         yield Way(images[node], None, coupling(node, this.axis), after)
 
 
-def _source(node: fx.Node) -> fx.Node:
+def _source(node: fx.Node, blocked: set[fx.Node]) -> fx.Node:
     """Where a value comes from, up to operators that take any layout."""
-    while node.target in ANY_LAYOUT:
+    while node in blocked and node.target in ANY_LAYOUT:
         node = node.all_input_nodes[0]
     return node
 
 
-def _is_read_by(user: fx.Node, images: dict[fx.Node, int]) -> bool:
+def _is_read_by(user: fx.Node, images: Mapping[fx.Node, int], blocked: set[fx.Node]) -> bool:
     """Whether a reader, or every reader of what it hands on, takes any layout or is one of the layers."""
-    while user.target in ANY_LAYOUT and len(user.users) == 1:
+    while user in blocked and user not in images and len(user.users) == 1:
         user = next(iter(user.users))
-    readers = user.users if user.target in ANY_LAYOUT else [user]
-    return all(reader in images or reader.target in ANY_LAYOUT for reader in readers)
+    readers = user.users if user in blocked and user not in images else [user]
+    return all(reader in blocked for reader in readers)
 
 
 def seconds(program: Program, target: Target) -> float:

@@ -68,6 +68,9 @@ class Target(Protocol):
     def moving(self, channels: int, positions: int) -> float:
         """How long it takes to pack channels or to unpack them, for one example, in seconds."""
 
+    def passing(self, entries: int) -> float:
+        """How long a call takes that only reads and writes so many entries, in seconds."""
+
     def widths(self, channels: int) -> tuple[int, ...]:
         """The next widths above `channels` that may be faster."""
 
@@ -78,7 +81,8 @@ class BlockedConvolutions:
 
     `per_mac`: of a multiply-add; `per_column_entry`, `per_layout`: of an entry of the columns, and of laying them out
     at all, for kernels of more than one tap; `per_point`: of an entry where there is nothing to lay out;
-    `per_moved`: of an entry that is packed or unpacked;
+    `per_moved`: of an entry that is packed or unpacked; `per_call`, `per_passed`: of anything but layers, and of an
+    entry there;
     `per_depthwise`, `per_unblocked_depthwise`, `per_unblocked_channel`: of depthwise layers.
     """
 
@@ -90,6 +94,8 @@ class BlockedConvolutions:
     per_layout: float = 11e6
     per_point: float = 400.0
     per_moved: float = 750.0
+    per_call: float = 600e3
+    per_passed: float = 250.0
     per_depthwise: float = 55.0
     per_unblocked_depthwise: float = 200.0
     per_unblocked_channel: float = 260e3
@@ -124,6 +130,9 @@ class BlockedConvolutions:
     def moving(self, channels: int, positions: int) -> float:
         return self.per_moved * self._blocks(channels) * positions * PICOSECOND
 
+    def passing(self, entries: int) -> float:
+        return (self.per_call + self.per_passed * entries) * PICOSECOND
+
     def _layout(self, layer: Layer, entries: int) -> float:
         if layer.taps == 1:
             return self.per_point * entries
@@ -153,6 +162,9 @@ class Multiples:
         return False, False
 
     def moving(self, channels: int, positions: int) -> float:
+        return 0.0
+
+    def passing(self, entries: int) -> float:
         return 0.0
 
     def widths(self, channels: int) -> tuple[int, ...]:

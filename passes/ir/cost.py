@@ -81,6 +81,17 @@ class FewestMacs:
         return saved_macs > 0
 
 
+@dataclass(frozen=True)
+class FewestCalls:
+    """Takes no gather and no constant map, whatever they save."""
+
+    def gathers_pay(self, copies: Sequence[tuple[int, int]], saved_macs: int) -> bool:
+        return False
+
+    def map_pays(self, entries: int, saved_macs: int) -> bool:
+        return False
+
+
 def macs_by_node(program: Program) -> dict[str, int]:
     """Multiply-adds of each contraction and matrix product, for one example, by node name."""
     batch = _example_batch(program)

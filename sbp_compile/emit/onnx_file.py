@@ -24,6 +24,7 @@ from sbp_compile.capture.export import quiet_export
 from sbp_compile.capture.interface import Interface
 from sbp_compile.emit.module import emit_graph_module
 from sbp_compile.emit.onnx_gathers import gather_rows
+from sbp_compile.emit.onnx_norms import normalise_channels
 from sbp_compile.emit.onnx_transposed import spell_output_padding
 from sbp_compile.emit.opsets import EXPORTED, lowered, nearest, opset_of, without_weights
 from sbp_compile.errors import UnsupportedModelError, UsageError
@@ -207,6 +208,7 @@ def _cleaned(proto: onnx.ModelProto, input_names: list[str], output_names: list[
         tensor.name = name
     gather_rows(graph)
     spell_output_padding(graph)
+    normalise_channels(graph)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = proto.ir_version

@@ -30,7 +30,10 @@ _NEUTRAL = {
     "keep_aspect_ratio_policy": b"stretch",
     "reduction": b"none",
     "allowzero": 0,
+    "training_mode": 0,
 }
+_RENAMED = {"BatchNormalization"}
+"""Whose operands are called otherwise from some opset on, and mean the same."""
 _OBSOLETE = "noop_with_empty_axes"
 _SPELLED_OUT = {"LayerNormalization": 17, "HardSwish": 14, "Mish": 18}
 
@@ -198,8 +201,11 @@ def _reads_the_same(node: onnx.NodeProto, opset: int) -> bool:
         given <= old.attributes.keys()
         and all(_default(old, name) == _default(new, name) for name in silent)
         and _takes(old, node)
-        and [entry.name for entry in old.inputs][: len(node.input)]
-        == [entry.name for entry in new.inputs][: len(node.input)]
+        and (
+            node.op_type in _RENAMED
+            or [entry.name for entry in old.inputs][: len(node.input)]
+            == [entry.name for entry in new.inputs][: len(node.input)]
+        )
     )
     if same:
         _replace(node.attribute, [entry for entry in node.attribute if entry.name not in younger])

@@ -78,6 +78,10 @@ class Measured:
         """As the table says."""
         return 0.0 if self.table is None else self.table.moving(channels, positions)
 
+    def passing(self, entries: int) -> float:
+        """As the table says."""
+        return 0.0 if self.table is None else self.table.passing(entries)
+
     def widths(self, channels: int) -> tuple[int, ...]:
         """The table's, and the next multiples of 4, 8 and 16."""
         steps = {-(-channels // step) * step for step in ALIGNMENTS}

@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from passes import Input, Note, Program, Target, widths_of
 from passes.targets import Layer
@@ -158,9 +159,18 @@ def _of_one_layer(keys: Sequence[Key]) -> Iterator[list[Key]]:
 
 
 def _distinct(programs: Mapping[str, Program]) -> Iterator[tuple[str, Program]]:
-    """Each network once: a choice that changed nothing gives the very Program that was there before."""
+    """Each network once: under the first of its names."""
     seen: list[Program] = []
     for name, program in programs.items():
-        if not any(program is other for other in seen):
+        if not any(program is other or _are_equal(program, other) for other in seen):
             seen.append(program)
             yield name, program
+
+
+def _are_equal(first: Program, second: Program) -> bool:
+    """Whether graphs and constants agree to the last bit."""
+    return (
+        str(first.graph) == str(second.graph)
+        and first.constants.keys() == second.constants.keys()
+        and all(torch.equal(value, second.constants[name]) for name, value in first.constants.items())
+    )

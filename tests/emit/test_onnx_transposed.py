@@ -12,7 +12,10 @@ import sbp_compile
     ("layer", "sizes"),
     [
         (nn.ConvTranspose2d(4, 3, 3, padding=1, dilation=2, output_padding=(0, 1)), (6, 7)),
-        (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=0, dilation=3, output_padding=(2, 1), groups=2), (5, 4)),
+        (
+            nn.ConvTranspose2d(4, 6, 3, stride=2, padding=0, dilation=3, output_padding=(2, 1), groups=2),
+            (5, 4),
+        ),
         (nn.ConvTranspose1d(4, 3, 2, padding=1, dilation=4, output_padding=3), (9,)),
         (nn.ConvTranspose3d(4, 3, 2, dilation=(1, 2, 2), output_padding=(0, 1, 1)), (3, 4, 5)),
     ],

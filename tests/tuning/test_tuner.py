@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sbp_compile
-from passes import default_pipeline, this_cpu
+from passes import COSTS, default_pipeline, this_cpu
 from passes.choose_widths import Tuner
 from passes.ir.pipeline import Note
 from passes.network import layers
@@ -74,13 +74,16 @@ class Scripted:
         return self.answer, Note("tuning", "scripted")
 
 
-@pytest.mark.parametrize(("answer", "width"), [("minimal", 37), ("table", 37), ("tuned", 40)])
+@pytest.mark.parametrize(
+    ("answer", "width"), [("minimal", 37), ("table", 37), ("tuned", 40), ("every channel", 48)]
+)
 def test_the_network_that_the_tuner_names_is_taken(answer, width):
     program = capture(Masked().double(), torch.rand(2, 3, 12, 12, dtype=torch.float64))
     tuner: Tuner = Scripted(answer)
     steps = []
     result = default_pipeline(tuner=tuner).with_callback(steps.append)(program)
-    assert tuner.seen == {"minimal": 37, "table": 37, "tuned": 40}
+    others = dict.fromkeys(COSTS, 40) | {"every channel": 48}
+    assert tuner.seen == {"minimal": 37, "table": 37, "tuned": 40, **others}
     assert next(iter(layers(result.program))).out_channels == width
     assert steps[-1].after is result.program
     assert result.notes[-1].text == "scripted"
