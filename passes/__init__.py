@@ -6,7 +6,7 @@ from passes.absorb_constants import AbsorbConstants
 from passes.align_heads import AlignHeads
 from passes.analyze_channels import AnalyzeChannels
 from passes.canonicalize import Canonicalize
-from passes.choose_widths import ChooseWidths, Tuner, widths_of
+from passes.choose_widths import PLAIN, ChooseWidths, Tuner, widths_of
 from passes.compose_readings import ComposeReadings
 from passes.fold_permutations import FoldPermutations
 from passes.fold_scales import FoldScales
@@ -39,8 +39,8 @@ def default_pipeline(
     )
 
 
-COSTS: Mapping[str, CostModel] = {"every gather and map": FewestMacs(), "no gather, no map": FewestCalls()}
-"""Other answers to what the default cost model guesses, for a tuner to measure."""
+COSTS: Mapping[str, CostModel] = {"every gather and map": FewestMacs(), PLAIN: FewestCalls()}
+"""Other answers to what the default cost model guesses: for a tuner to measure, and one for estimates to judge."""
 
 
 def _passes(cost: CostModel) -> tuple[Pass, ...]:

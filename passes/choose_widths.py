@@ -34,6 +34,9 @@ from passes.targets import Layer, Target
 aten = torch.ops.aten
 
 ROUNDS = 3
+PLAIN = "no gather, no map"
+COPYING = frozenset({"lay_out_constants", "separate_edges"})
+BY_FAR = 0.85  # estimates of networks that differ by less were wrong as often as right
 MOST_PARTS = 3  # of a concatenation, whose widths are combined in questions
 
 Run = tuple[Result, list[Step]]
@@ -73,7 +76,7 @@ class ChooseWidths(Pipeline):
         taken = minimal = self._run_all(self.passes, program)
         notes: tuple[Note, ...] = ()
         if self.target is not None:
-            taken = self._widened(self.passes, program, minimal, self.target)
+            taken = self._without_copies(program, self._widened(self.passes, program, minimal, self.target))
         if self.tuner is not None:
             measured = self.tuner.target(program, minimal[0].program, self.target)
             runs = {"minimal": minimal, "table": taken}
@@ -82,7 +85,7 @@ class ChooseWidths(Pipeline):
                 runs[name] = self._widened(passes, program, own, measured)
             every = widths_of(minimal[0].program, program, measured).most()
             wide = program.replace(pinned=_joined(program.pinned, every))
-            runs["every channel"] = self._run_all(self.passes, wide)
+            runs["every channel"] = self._run_all(self.alternatives.get(PLAIN, self.passes), wide)
             name, note = self.tuner.fastest({name: run[0].program for name, run in runs.items()})
             taken, notes = runs[name], (note,)
         result, steps = taken
@@ -90,6 +93,15 @@ class ChooseWidths(Pipeline):
             for watcher in self.watchers:
                 watcher(step)
         return replace(result, notes=(*result.notes, *notes))
+
+    def _without_copies(self, program: Program, taken: Run) -> Run:
+        """The network without gathers and constant maps, where these are in the way by far; else `taken`."""
+        passes, target = self.alternatives.get(PLAIN), self.target
+        if passes is None or target is None or not any(step.notes for step in taken[1] if step.name in COPYING):
+            return taken
+        plain = self._widened(passes, program, self._run_all(passes, program), target)
+        is_faster = seconds(plain[0].program, target) < BY_FAR * seconds(taken[0].program, target)
+        return plain if is_faster else taken
 
     def _run_all(self, passes: tuple[Pass, ...], program: Program) -> Run:
         steps: list[Step] = []
