@@ -337,7 +337,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float) -> None:
     module = Masked()
     with torch.no_grad():
         module.first.weight[2, :3] = value
-    message = r"'first.weight' has 3 of 48 values that are NaN or infinite: nothing exact"
+    message = (
+        rf"'first.weight' has 3 of 48 values that are NaN or infinite \(first.weight\[2, 0\] is {value}\)"
+    )
     with pytest.raises(UnsupportedModelError, match=message):
         sbp_compile.compile(module, torch.randn(4, 6))
 
