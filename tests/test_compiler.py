@@ -1,5 +1,8 @@
 """`sbp_compile.compile`: what goes in is left alone, what comes out is the same function."""
 
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -491,6 +494,16 @@ def test_the_same_model_gives_the_same_bytes(suffix: str, tmp_path: Path) -> Non
     for name in ("one", "two"):
         sbp_compile.compile(module, x).save(tmp_path / f"{name}{suffix}")
     assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
+
+
+def test_two_processes_that_hash_otherwise_write_the_same_bytes(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    sbp_compile.save_model(Masked(), torch.randn(4, 6), tmp_path / "model.pt")
+    for seed in ("1", "2"):
+        command = [sys.executable, "-m", "sbp_compile", "model.pt", "-o", f"small{seed}.onnx", "--quiet"]
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])}
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "small1.onnx").read_bytes() == (tmp_path / "small2.onnx").read_bytes()
 
 
 class DependsOnData(nn.Module):
