@@ -496,6 +496,7 @@ def test_the_same_model_gives_the_same_bytes(suffix: str, tmp_path: Path) -> Non
     assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_that_hash_otherwise_write_the_same_bytes(tmp_path: Path) -> None:
     torch.manual_seed(1)
     sbp_compile.save_model(Masked(), torch.randn(4, 6), tmp_path / "model.pt")

@@ -357,7 +357,9 @@ class WithoutResults(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
-@pytest.mark.parametrize("make", [Joined, WithoutUnits, WithoutResults])
+@pytest.mark.parametrize(
+    "make", [Joined, *(pytest.param(make, marks=pytest.mark.slow) for make in (WithoutUnits, WithoutResults))]
+)
 def test_parameters_without_entries_change_nothing(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     net, x = make(), torch.randn(3, 4)
     compiled = sbp_compile.compile(net, x)
@@ -371,6 +373,7 @@ def test_an_empty_example_is_refused(door: Door, tmp_path: Path) -> None:
         small_through(door, Net(), torch.randn(0, 4), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_small_network_takes_an_empty_batch(tmp_path: Path) -> None:
     compiled = sbp_compile.compile(Net(), torch.randn(2, 4))
     compiled.save(tmp_path / "small.onnx")
