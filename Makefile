@@ -3,6 +3,7 @@
 #   make test       lint, types and the tests
 #   make test-slow  the tests that are left out of `make test`
 #   make fuzz       random networks, FUZZ_GRAPHS of them from FUZZ_SEED on
+#   make fuzz-files damaged files of every format, FLIPS flipped bits of each (half an hour)
 #   make zoo        every architecture of tests/zoo, masked and compiled, against a bound (half an hour on two cores)
 #   make bench      what the compiler makes against the dense and the minimal network, in turns (hours)
 #   make paper      train the paper's networks and their baselines on the data that is there (hours; it goes on)
@@ -22,12 +23,13 @@ RULE_SAMPLES ?= 40
 RULE_SEED ?= 0
 MUTANTS ?= 300
 INTERRUPTS ?= 60
+FLIPS ?= 1000
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DEMO_MODEL := models/lenet5-sbp-digits.pt
 
-.PHONY: bench bench-cuda compare cuda demo paper test test-slow fuzz zoo rules mutation interrupts lint clean onnx-in
+.PHONY: bench bench-cuda compare cuda demo paper test test-slow fuzz fuzz-files zoo rules mutation interrupts lint clean onnx-in
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -43,6 +45,9 @@ test-slow: $(READY)
 
 fuzz: $(READY)
 	$(BIN)/python tools/fuzz.py --graphs $(FUZZ_GRAPHS) --seed $(FUZZ_SEED) --onnx-every 20
+
+fuzz-files: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz_files.py --flips $(FLIPS) --write
 
 zoo: $(READY)
 	$(BIN)/python tools/zoo.py --write

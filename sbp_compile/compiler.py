@@ -38,6 +38,7 @@ from sbp_compile.verify import (
     Verification,
     make_reference,
     verify_capture,
+    verify_finite,
     verify_float64,
 )
 from sbp_compile.verify_inputs import check_inputs, load_inputs, random_inputs
@@ -261,6 +262,7 @@ def compile_exported(
             references, skipped = _references(own or exported.module(), call, original, feeds, devices)
             notes = (*notes, *skipped)
             verify_capture(references)
+            notes = (*notes, *verify_finite(references))
             if parting is not None:
                 verify_reader(original, references, parting)
             error = verify_float64(original, small, references)

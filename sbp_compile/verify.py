@@ -20,15 +20,27 @@ import onnxruntime
 import torch
 from torch import Tensor, fx
 
+from passes import Note
 from passes.ir.interpret import run
 from passes.ir.program import Origin, Program
 from sbp_compile.capture.call import Call
 from sbp_compile.capture.export import quiet_export
+from sbp_compile.capture.program import read_constants
 from sbp_compile.errors import UnsupportedModelError, VerificationError
 
 FLOAT64_TOLERANCE = 1e-12
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-CAPTURE_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-2, torch.float16: 0.2, torch.bfloat16: 0.5}
+TOLERANCES = {
+    **dict.fromkeys((torch.float64, torch.complex128), 1e-12),
+    **dict.fromkeys((torch.float32, torch.complex64), 1e-5),
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+CAPTURE_TOLERANCES = {
+    **dict.fromkeys((torch.float64, torch.complex128), 1e-9),
+    **dict.fromkeys((torch.float32, torch.complex64), 1e-2),
+    torch.float16: 0.2,
+    torch.bfloat16: 0.5,
+}
 NOISE_FACTOR = 3.0
 TIE_MARGIN = 3e-5
 ONNX_PARTING = 1e-4
@@ -80,11 +92,16 @@ def make_reference(
 def _floating_dtypes(program: Program) -> frozenset[torch.dtype]:
     values = [node.meta.get("dtype") for node in program.graph.nodes]
     found = [*(entry.dtype for entry in program.inputs), *program.output_dtypes, *values]
-    return frozenset(dtype for dtype in found if isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    return frozenset(dtype for dtype in found if dtype in TOLERANCES)
 
 
 def _is_discrete(value: Any) -> bool:
-    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+    return isinstance(value, Tensor) and not has_fractions(value)
+
+
+def has_fractions(value: Any) -> bool:
+    """Whether something is a tensor of real or complex numbers, whose last digits may be rounded."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _shifted(program: Program, seed: int, margin: float) -> Program:
@@ -102,11 +119,11 @@ def _shifted(program: Program, seed: int, margin: float) -> Program:
 def relative_error(a: Tensor, b: Tensor) -> float:
     """Return max|a - b| / max|a| over the entries at which a is finite.
 
-    Infinite where the shapes differ, or where b is not finite and a is.
+    Infinite where the shapes differ, or where b is not finite and a is. Complex numbers count as two real ones.
     """
     if a.shape != b.shape:
         return float("inf")
-    a, b = a.detach().to(torch.float64), b.detach().to(torch.float64)
+    a, b = _real(a), _real(b)
     finite = torch.isfinite(a)
     a, b = a[finite], b[finite]
     if a.numel() == 0:
@@ -119,6 +136,11 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+def _real(value: Tensor) -> Tensor:
+    value = value.detach()
+    return (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).to(torch.float64)
+
+
 def verify_capture(references: Sequence[Reference]) -> None:
     """Raise `UnsupportedModelError` where the model itself and what was captured of it are no rounding apart.
 
@@ -126,8 +148,9 @@ def verify_capture(references: Sequence[Reference]) -> None:
     """
     for reference in references:
         for position, (own, exact) in enumerate(zip(reference.own, reference.exact, strict=True)):
-            if not isinstance(own, Tensor) or not own.is_floating_point():
+            if not has_fractions(own):
                 continue
+            _refuse_overflow(position, own, exact)
             error = relative_error(exact, own)
             if not error <= reference.tolerance(CAPTURE_TOLERANCES):
                 shapes = [list(value.shape) for value in reference.inputs]
@@ -138,12 +161,61 @@ def verify_capture(references: Sequence[Reference]) -> None:
                 )
 
 
+def _refuse_overflow(position: int, own: Tensor, exact: Tensor) -> None:
+    """Say so where the model's own dtype is too narrow for what it computes."""
+    if own.shape == exact.shape and bool((torch.isfinite(exact) & ~torch.isfinite(own)).any()):
+        raise UnsupportedModelError(
+            f"output {position} of the model is NaN or infinite in {own.dtype} where it is finite in float64: it "
+            "overflows on its way; compile it in a wider dtype, or give inputs of a usual size (--inputs)"
+        )
+
+
+def verify_finite(references: Sequence[Reference]) -> tuple[Note, ...]:
+    """Return notes of values that cannot be compared; `UnsupportedModelError` where an output has no others."""
+    notes = []
+    for position in range(len(references[0].exact)):
+        found = [reference.exact[position] for reference in references]
+        if not all(has_fractions(value) for value in found):
+            continue
+        total = sum(value.numel() for value in found)
+        broken = sum(int((~torch.isfinite(value)).sum()) for value in found)
+        if broken == total > 0:
+            raise UnsupportedModelError(
+                f"output {position} of the model is NaN or infinite throughout, on every input that was tried: there "
+                "is nothing to compare with; give inputs on which it is finite (--inputs), or see where it diverges"
+            )
+        if broken:
+            text = f"{broken} of {total} values of output {position} are NaN or infinite in the original: not compared"
+            notes.append(Note("verification", text))
+    return tuple(notes)
+
+
+def _refuse_infinite_constants(position: int, a: Tensor, b: Tensor, names: Sequence[str]) -> None:
+    """Refuse a result in which infinite constants show otherwise than in the original."""
+    if names and a.shape == b.shape and bool((torch.isfinite(a) != torch.isfinite(b)).any()):
+        raise UnsupportedModelError(
+            f"buffer {names[0]!r} has infinite values, and output {position} has NaN or infinite values that depend on "
+            "the order of the computation: put the largest number in their place that the network needs, such as -1e9 "
+            "in a mask"
+        )
+
+
 def verify_float64(original: Program, small: Program, references: Sequence[Reference]) -> float:
-    """Return the largest error of the small Program; `VerificationError` above 1e-12."""
+    """Return the largest error of the small Program; `VerificationError` above 1e-12.
+
+    Raises `UnsupportedModelError` where infinite constants of the original decide on what is finite.
+    """
+    infinite = [
+        name
+        for name in read_constants(original.graph)
+        if has_fractions(original.constants[name]) and bool(torch.isinf(original.constants[name]).any())
+    ]
     worst = 0.0
     for reference in references:
         results = run(small, reference.inputs)
         for position, (a, b) in enumerate(zip(reference.exact, results, strict=True)):
+            if has_fractions(a) and has_fractions(b):
+                _refuse_infinite_constants(position, a, b, infinite)
             error = output_error(a, b, [other[position] for other in reference.shifted])
             if not error <= FLOAT64_TOLERANCE:
                 raise VerificationError(
@@ -305,7 +377,7 @@ def _file_errors(
         others = [exact, *(other[position] for other in reference.shifted)]
         error = output_error(own, result, others) if own.dtype == result.dtype else float("inf")
         tolerance = 0.0
-        if own.is_floating_point():
+        if has_fractions(own):
             tolerance = max(reference.tolerance(TOLERANCES), NOISE_FACTOR * relative_error(exact, own))
         found.append((name, error, tolerance))
     return found

@@ -54,6 +54,8 @@ def _random_like(example: Tensor, shape: tuple[int, ...], generator: torch.Gener
     example = example.detach().cpu()
     if example.dtype == torch.bool:
         return torch.rand(shape, generator=generator) < 0.5
+    if example.is_complex():
+        return torch.randn(shape, generator=generator, dtype=example.dtype)
     if not example.is_floating_point():
         low, high = (int(example.min()), int(example.max())) if example.numel() else (0, 1)
         return torch.randint(low, high + 1, shape, generator=generator).to(example.dtype)
@@ -109,6 +111,11 @@ def check_inputs(program: Program, tensors: Sequence[Tensor]) -> tuple[Tensor, .
 
 
 def _fitted(entry: Input, value: Tensor) -> Tensor:
+    if value.numel() == 0:
+        raise InputError(
+            f"input {entry.shown!r} of shape {list(value.shape)} is empty, and nothing can be proven on it; give an "
+            "example of at least one entry"
+        )
     pairs = list(zip(entry.sizes, entry.other_sizes, strict=True))
     fits = value.ndim == len(pairs) and all(
         size == wanted or (wanted != other and size > 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from passes.ir.program import Program
 from sbp_compile.emit.module import emit_graph_module
 from sbp_compile.errors import UnsupportedModelError
-from sbp_compile.verify import TOLERANCES, Reference, output_error, relative_error
+from sbp_compile.verify import TOLERANCES, Reference, has_fractions, output_error, relative_error
 
 READER_NOISE_FACTOR = 10.0
 
@@ -33,7 +33,7 @@ def verify_reader(
             in_own_dtype = rounded(*reference.inputs)
         for position, (own, exact) in enumerate(zip(reference.own, reference.exact, strict=True)):
             noise = 0.0
-            if isinstance(exact, Tensor) and exact.is_floating_point():
+            if has_fractions(exact):
                 noise = relative_error(exact, in_own_dtype[position])
             limit = max(reference.tolerance(TOLERANCES), READER_NOISE_FACTOR * noise)
             error = output_error(exact, own, [other[position] for other in reference.shifted])

@@ -1,5 +1,8 @@
 """`sbp_compile.compile`: what goes in is left alone, what comes out is the same function."""
 
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -337,7 +340,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float) -> None:
     module = Masked()
     with torch.no_grad():
         module.first.weight[2, :3] = value
-    message = r"'first.weight' has 3 of 48 values that are NaN or infinite: nothing exact"
+    message = (
+        rf"'first.weight' has 3 of 48 values that are NaN or infinite \(first.weight\[2, 0\] is {value}\)"
+    )
     with pytest.raises(UnsupportedModelError, match=message):
         sbp_compile.compile(module, torch.randn(4, 6))
 
@@ -489,6 +494,17 @@ def test_the_same_model_gives_the_same_bytes(suffix: str, tmp_path: Path) -> Non
     for name in ("one", "two"):
         sbp_compile.compile(module, x).save(tmp_path / f"{name}{suffix}")
     assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_that_hash_otherwise_write_the_same_bytes(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    sbp_compile.save_model(Masked(), torch.randn(4, 6), tmp_path / "model.pt")
+    for seed in ("1", "2"):
+        command = [sys.executable, "-m", "sbp_compile", "model.pt", "-o", f"small{seed}.onnx", "--quiet"]
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])}
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "small1.onnx").read_bytes() == (tmp_path / "small2.onnx").read_bytes()
 
 
 class DependsOnData(nn.Module):

@@ -75,7 +75,9 @@ def forward(program: Program, ops: dict[fx.Node, Op], rule_for: RuleTable) -> di
         if info is None:
             continue
         constant = program.constant(node)
-        if constant is not None:
+        if info.is_empty:  # all of its entries are known, and none
+            facts[node.name] = Facts.unknown(info)
+        elif constant is not None:
             facts[node.name] = Facts.constant(constant)
         elif node.op == "call_function":
             op = ops[node]

@@ -98,7 +98,7 @@ def macs_by_node(program: Program) -> dict[str, int]:
     found = {}
     for node in program.calls():
         info = program.infos.get(node)
-        if info is None:
+        if info is None or program.op(node).has_empty_tensors:
             continue
         if node.target in CONTRACTIONS:
             weight = program.infos.get(node.args[1])  # type: ignore[arg-type]

@@ -41,7 +41,8 @@ class Facts:
 
     def finite(self) -> Facts:
         """Forget the entries whose value is infinite or NaN."""
-        if not self.value.is_floating_point() or bool(torch.isfinite(self.value.sum())):
+        has_fractions = self.value.is_floating_point() or self.value.is_complex()
+        if not has_fractions or bool(torch.isfinite(self.value.sum())):
             return self  # a sum is finite only if every term is
         finite = torch.isfinite(self.value)
         return Facts(torch.where(finite, self.value, 0.0), self.known & finite)

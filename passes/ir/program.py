@@ -2,8 +2,8 @@
 
 The graph holds `placeholder` nodes (the network's tensor inputs), `get_attr` nodes (constants, one node for each use),
 `call_function` nodes and one `output` node whose argument is a flat tuple. Passes never change a Program: they build a
-new graph. Floating-point constants are float64 whatever the model's dtype; `dtypes` says what each is rounded to at
-emission.
+new graph. Floating-point constants are float64 whatever the model's dtype (complex ones complex128); `dtypes` says what
+each is rounded to at emission.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class Input(Sized):
 
     @property
     def working_dtype(self) -> torch.dtype:
-        """The dtype the passes compute in: float64 for every floating-point input."""
+        """The dtype the passes compute in: float64 for every floating-point input, complex128 for complex ones."""
+        if self.dtype.is_complex:
+            return torch.complex128
         return torch.float64 if self.dtype.is_floating_point else self.dtype
 
 
@@ -85,6 +87,11 @@ class TensorInfo(Sized):
     @property
     def rank(self) -> int:
         return len(self.sizes)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no entries, whatever the input."""
+        return any(key == (0, 0, 0) for key in zip(self.sizes, self.other_sizes, self.far_sizes, strict=True))
 
     @cached_property
     def static_axes(self) -> tuple[int, ...]:
@@ -233,6 +240,8 @@ class Program:
         for name, value in self.constants.items():
             if value.is_floating_point() and value.dtype != torch.float64:
                 raise LintError(f"constant {name!r}: have {value.dtype}, want torch.float64")
+            if value.is_complex() and value.dtype != torch.complex128:
+                raise LintError(f"constant {name!r}: have {value.dtype}, want torch.complex128")
 
 
 _FAILED = object()
@@ -321,6 +330,12 @@ class Op:
             for operand in _flat_nodes((self.source.args, dict(self.source.kwargs)))
             if operand in program.infos
         )
+
+    @property
+    def has_empty_tensors(self) -> bool:
+        """Whether an operand or the result has no entries."""
+        infos = (*map(self.info_of, self.operands), *([self.info] if self.info else []))
+        return any(info.is_empty for info in infos)
 
     @cached_property
     def args(self) -> dict[str, Any]:

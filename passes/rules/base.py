@@ -85,11 +85,12 @@ def registered_rules() -> dict[object, Rule]:
 def rule_for(op: Op) -> Rule:
     """The rule of a call; the opaque one where none is registered, none applies, or sizes are not known.
 
-    A piece has the rule of the call that it is a result of.
+    So it is for tensors without entries: no rule has to think of them. A piece has the rule of the call that it is a
+    result of.
     """
     found = _RULES.get(op.target)
     if op.info is None:
         return PIECES if op.is_read_by_pieces else OPAQUE
-    if found is None:
+    if found is None or op.has_empty_tensors:
         return OPAQUE
     return found if found.applies(op) else OPAQUE

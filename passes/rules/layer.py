@@ -41,7 +41,7 @@ def describe(op: Op) -> Contraction:
 def is_contraction(op: Op) -> bool:
     """Whether weight and bias are constants of the usual ranks (a linear layer takes a vector and a number too)."""
     weight, bias = op.constant("weight"), op.constant("bias")
-    if weight is None or weight.ndim != SPATIAL_RANK.get(op.target, 0) + 2:
+    if weight is None or weight.ndim != SPATIAL_RANK.get(op.target, 0) + 2 or op.has_empty_tensors:
         return False
     out = weight.shape[1] * op.args["groups"] if op.target in TRANSPOSED else weight.shape[0]
     return op.args["bias"] is None or (bias is not None and bias.shape == (out,))

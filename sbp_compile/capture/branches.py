@@ -65,6 +65,7 @@ def _branch(module: fx.GraphModule) -> fx.GraphModule:
     root, graph = nn.Module(), fx.Graph()
     env: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
+        _refuse_complex(node)
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
         if node.op == "placeholder":
             env[node] = graph.create_node("placeholder", str(node.target), (), {}, name=node.name)
@@ -91,6 +92,15 @@ def _branch(module: fx.GraphModule) -> fx.GraphModule:
         else:
             env[node] = copy_call(graph, node, args, kwargs)
     return fx.GraphModule(root, graph)
+
+
+def _refuse_complex(node: fx.Node) -> None:
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and value.is_complex():
+        raise UnsupportedModelError(
+            f"{node.name} ({node.target}) is complex ({value.dtype}) inside a branch or a loop; compute with its real "
+            "and imaginary parts there"
+        )
 
 
 def attribute(module: torch.nn.Module, path: str) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sbp_compile.capture.architecture import importing_from_here
 from sbp_compile.capture.file_archive import Archive
-from sbp_compile.capture.pickle_screen import check_tensors, foreign_classes
+from sbp_compile.capture.pickle_screen import check_old_tensors, check_tensors, foreign_classes
 from sbp_compile.errors import (
     InputError,
     ModelFileError,
@@ -121,7 +121,10 @@ def _screen(file: IO[bytes]) -> list[str]:
     """
     if file.read(2) != b"PK":
         file.seek(0)
-        return foreign_classes(file)
+        foreign = foreign_classes(file)
+        if not foreign:
+            check_old_tensors(file)
+        return foreign
     archive = Archive(file)
     content = archive.read("data.pkl")
     foreign = foreign_classes(io.BytesIO(content))

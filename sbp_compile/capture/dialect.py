@@ -1,4 +1,4 @@
-"""One call of an exported graph as a Program has it: in float64, on the CPU, whatever torch's defaults are."""
+"""One call of an exported graph as a Program has it: in float64 (complex128), on the CPU, whatever torch's defaults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from sbp_compile.errors import UnsupportedModelError
 
 aten = torch.ops.aten
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WIDENED = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), torch.float64),
+    **dict.fromkeys((torch.complex32, torch.complex64, torch.complex128), torch.complex128),
+}
 
 
 def copy_call(graph: fx.Graph, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> fx.Node:
@@ -73,15 +76,14 @@ def _is_floating(value: object) -> bool:
 
 
 def widened(value: Tensor) -> Tensor:
-    """Copy a tensor of the user's, who may go on training it, to float64 on the CPU."""
-    dtype = torch.float64 if value.dtype in FLOATS else value.dtype
-    return value.detach().to("cpu", dtype, copy=True)
+    """Copy a tensor of the user's, who may go on training it, to float64 (complex128) on the CPU."""
+    return value.detach().to("cpu", WIDENED.get(value.dtype, value.dtype), copy=True)
 
 
 def widened_literals(value: Any) -> Any:
     """Make dtype literals follow the constants to float64, and devices follow them to the CPU."""
     if isinstance(value, torch.dtype):
-        return torch.float64 if value in FLOATS else value
+        return WIDENED.get(value, value)
     if isinstance(value, torch.device):
         return torch.device("cpu")
     if isinstance(value, (list, tuple)):

@@ -27,6 +27,7 @@ _TENSOR_GLOBAL = re.compile(
 )
 _MOST_OPCODES = 2_000_000
 _MOST_NESTED = 200
+_OLD_PICKLES = 4  # a magic number, the version, the system, the content
 _LARGEST_EXPANDED = 2**28
 _STORAGE = re.compile(r"(\w+)Storage")
 _STORAGE_DTYPES = {
@@ -77,6 +78,33 @@ def check_tensors(content: bytes, size_of: Callable[[str], int | None]) -> Any:
     return found
 
 
+def check_old_tensors(file: IO[bytes]) -> None:
+    """Do the same for torch's older format, pickles in a row with the storages behind them; from its start.
+
+    Torch makes a storage as large as it says before it reads it, so all together may claim no more than the file has.
+    """
+    size = file.seek(0, 2)
+    file.seek(0)
+    try:
+        for _ in range(_OLD_PICKLES):
+            start = file.tell()
+            _check_opcodes(file)
+            end = file.tell()
+            file.seek(start)
+            inspector = _Inspector(file, lambda _: size)
+            _check_depth(inspector.load())
+            if sum(inspector.claimed.values()) > size:
+                raise ModelFileError(
+                    f"its storages claim more bytes than the file has ({size}); is it truncated?"
+                )
+            if file.seek(end) == size:
+                return
+    except ModelFileError:
+        raise
+    except Exception as error:  # as above
+        raise ModelFileError(f"its pickle is damaged ({error})") from error
+
+
 class Inert:
     """Stands in for an object of any class: keeps whatever a pickle hands to it in `held`, and does nothing."""
 
@@ -122,6 +150,7 @@ class _Inspector(pickle.Unpickler):
     def __init__(self, file: IO[bytes], size_of: Callable[[str], int | None]) -> None:
         super().__init__(file, encoding="utf-8")
         self._size_of = size_of
+        self.claimed: dict[str, int] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -139,6 +168,8 @@ class _Inspector(pickle.Unpickler):
         return Inert
 
     def persistent_load(self, identity: Any) -> Any:
+        if identity[0] == "module":  # a class with its source, in the older format
+            return identity[1]
         kind, dtype, key, _location, count, *_ = identity
         if kind != "storage" or not isinstance(dtype, torch.dtype) or type(count) is not int or count < 0:
             raise ModelFileError(f"its pickle refers to {str(identity)[:100]!r}, which is no storage")
@@ -146,6 +177,7 @@ class _Inspector(pickle.Unpickler):
         if stored is None or needed > stored:
             have = "is missing" if stored is None else f"has {stored}"
             raise ModelFileError(f"storage {str(key)[:100]!r} needs {needed} bytes; its record {have}")
+        self.claimed[str(key)] = needed
         return _Storage(dtype, count)
 
 
@@ -169,7 +201,7 @@ def _first(value: Any, *_: Any) -> Any:
     return value
 
 
-def _check_opcodes(content: bytes) -> None:
+def _check_opcodes(content: bytes | IO[bytes]) -> None:
     """Refuse what would take memory out of proportion to the file."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         if opcode.name in {"PUT", "BINPUT", "LONG_BINPUT"} and int(argument or 0) > count:

@@ -17,6 +17,18 @@ from sbp_compile.capture.dialect import copy_call, provenance, widened
 from sbp_compile.capture.export import quiet_export
 from sbp_compile.errors import UnsupportedModelError
 
+# A factor that is infinite turns the 0 of a channel that is off into NaN.
+_CONVOLUTIONS = (
+    "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+)  # fmt: skip
+_NORMS = (
+    "batch_norm", "_native_batch_norm_legit_no_training", "layer_norm", "native_layer_norm", "group_norm", "rms_norm",
+    "instance_norm",
+)  # fmt: skip
+_PRODUCTS = (
+    "mul", "div", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "lstm", "gru", "rnn_tanh", "rnn_relu",
+)  # fmt: skip
+_SCALING = frozenset((*_CONVOLUTIONS, *_NORMS, *_PRODUCTS))
 # What casts leave behind: it names a dtype that need not hold in float64, and returns nothing.
 _CHECKS = frozenset({torch.ops.aten._assert_tensor_metadata.default})
 
@@ -31,8 +43,8 @@ def program_from_export(
     `axis_names`: of dynamic axes, by input and axis; `labels`: the user's names of inputs, by the program's.
 
     Raises UnsupportedModelError where the graph mutates buffers or inputs, draws random
-    numbers, or computes with values that are not finite: NaN anywhere, infinity in a parameter. (An infinite
-    buffer is what an attention mask looks like.)
+    numbers, or computes with values that are not finite: NaN anywhere, infinity in a parameter, or in anything that
+    values of the network are multiplied with. (An infinite buffer that is added is what an attention mask looks like.)
     """
     with quiet_export():
         exported = _decomposed(exported)
@@ -85,19 +97,37 @@ def _decomposed(exported: ExportedProgram) -> ExportedProgram:
 
 
 def _refuse_broken_values(graph: fx.Graph, constants: dict[str, Tensor], parameters: set[str]) -> None:
-    for name in _read(graph):
+    factors = parameters | _factors(graph)
+    for name in read_constants(graph):
         value = constants[name]
-        bad = ~torch.isfinite(value) if name in parameters else torch.isnan(value)
+        bad = ~torch.isfinite(value) if name in factors else torch.isnan(value)
         number = int(bad.sum())
         if number:
-            kind = "NaN or infinite" if name in parameters else "NaN"
+            first = bad.nonzero()[0].tolist()
+            shown = f"{name}{first or ''} is {value[tuple(first)].item()}"
+            kind = "NaN or infinite" if name in factors else "NaN"
             raise UnsupportedModelError(
-                f"parameter or buffer {name!r} has {number} of {value.numel()} values that are {kind}: "
-                "nothing exact can be made of it; was the model saved after its training diverged?"
+                f"parameter or buffer {name!r} has {number} of {value.numel()} values that are {kind} ({shown}): "
+                "nothing exact can be made of it, even where the channel is off, since 0 times that is NaN; was the "
+                "model saved after its training diverged?"
             )
 
 
-def _read(graph: fx.Graph) -> list[str]:
+def _factors(graph: fx.Graph) -> set[str]:
+    """Return the names of the constants that something which depends on an input is multiplied with."""
+    varying: set[fx.Node] = set()
+    found: set[str] = set()
+    for node in graph.nodes:
+        operands = node.all_input_nodes
+        if node.op == "placeholder" or any(operand in varying for operand in operands):
+            varying.add(node)
+            packet = getattr(node.target, "overloadpacket", None)
+            if getattr(packet, "__name__", "") in _SCALING:
+                found.update(str(operand.target) for operand in operands if operand.op == "get_attr")
+    return found
+
+
+def read_constants(graph: fx.Graph) -> list[str]:
     """Return the names of the constants that some output depends on."""
     live: set[fx.Node] = set()
     for node in reversed(graph.nodes):

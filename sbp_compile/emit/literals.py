@@ -20,6 +20,22 @@ def has_float_literal(value: Any) -> bool:
     return isinstance(value, dict) and any(has_float_literal(item) for item in value.values())
 
 
+def complex_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the complex dtype of a network whose floating-point dtype this is."""
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
+
+
+def narrowed(value: Any, dtype: torch.dtype) -> Any:
+    """Return arguments with the complex dtypes among them as a network of that floating-point dtype has them."""
+    if isinstance(value, torch.dtype):
+        return complex_dtype(dtype) if value.is_complex else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(narrowed(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: narrowed(item, dtype) for key, item in value.items()}
+    return value
+
+
 CREATIONS = {
     aten.full.default: aten.new_full.default,
     aten.zeros.default: aten.new_zeros.default,

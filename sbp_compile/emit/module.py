@@ -13,11 +13,12 @@ from passes.ir.control import ControlFlow
 from passes.ir.program import Program
 from sbp_compile.capture.call import Call
 from sbp_compile.emit.branches import emit_control_flow
-from sbp_compile.emit.literals import ANCHOR, follow_anchor, has_float_literal
+from sbp_compile.emit.literals import ANCHOR, complex_dtype, follow_anchor, has_float_literal, narrowed
 from sbp_compile.errors import UnsupportedModelError
 
 aten = torch.ops.aten
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+SMALLEST_LARGEST = 2**24 * SMALLEST_NORMAL
 
 
 class CompiledModule(nn.Module):
@@ -76,8 +77,9 @@ def emit_graph_module(program: Program, dtype: torch.dtype | None = None) -> fx.
     """Return a GraphModule with one positional argument for each input and a tuple of outputs.
 
     Constants become parameters (floating point) and buffers (the rest), copied and rounded to `dtype`
-    (default: the model's own). Float32 weights that are subnormal are flushed to zero. Raises
-    `UnsupportedModelError` where a finite value is infinite after rounding.
+    (default: the model's own); what is complex is as wide. Float32 weights that are subnormal are flushed to zero where
+    that is no more than a rounding of the largest beside them. Raises `UnsupportedModelError` where a finite value is
+    infinite after rounding.
     """
     dtype = emission_dtype(program) if dtype is None else dtype
     names = _attribute_names(program)
@@ -112,7 +114,9 @@ def _attribute_names(program: Program) -> dict[str, str]:
 
 
 def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    if not value.is_floating_point():
+    if value.is_complex():
+        dtype = complex_dtype(dtype)
+    elif not value.is_floating_point():
         return value.clone()
     rounded = value.to(dtype, copy=True)
     overflown = int((torch.isinf(rounded) & torch.isfinite(value)).sum())
@@ -121,7 +125,9 @@ def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
             f"constant {name!r} has {overflown} of {value.numel()} values beyond the range of {dtype} "
             f"(largest magnitude {float(value.abs().max()):.3g}); compile the model in a wider dtype"
         )
-    if dtype == torch.float32:
+    if value.is_complex():
+        return rounded
+    if dtype == torch.float32 and bool((rounded.abs() >= SMALLEST_LARGEST).any()):
         rounded[rounded.abs() < SMALLEST_NORMAL] = 0.0
     return nn.Parameter(rounded)
 
@@ -153,6 +159,7 @@ def _emission_graph(
             env[node] = attribute(names[str(node.target)])
         elif node.op == "call_function":
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+            args, kwargs = narrowed(args, dtype), narrowed(kwargs, dtype)
             if isinstance(node.target, ControlFlow):
                 env[node] = emit_control_flow(node.target, graph, module, args, anchor, node.name)
             elif has_float_literal((args, kwargs)):
@@ -172,7 +179,9 @@ def _emitted_outputs(
     """
     results = list(fx.node.map_arg(program.outputs, env.__getitem__))
     for position, wanted in enumerate(program.output_dtypes):
-        if wanted is not None and wanted.is_floating_point and wanted != dtype:
+        if wanted is None or not (wanted.is_floating_point or wanted.is_complex):
+            continue
+        if wanted != (complex_dtype(dtype) if wanted.is_complex else dtype):
             results[position] = graph.create_node(
                 "call_function", aten._to_copy.default, (results[position],), {"dtype": wanted}
             )

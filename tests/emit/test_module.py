@@ -131,10 +131,22 @@ def test_subnormal_weights_are_flushed_at_emission_only(compiled: sbp_compile.Co
     name = next(name for name, value in program.constants.items() if value.ndim == 2)
     constants: dict[str, Any] = dict(program.constants)
     constants[name] = torch.full_like(constants[name], 1e-40)
+    constants[name][0, 0] = 1.0
     module = emit_graph_module(program.replace(constants=constants))
     [emitted] = [value for key, value in module.named_parameters() if key == name.replace(".", "_")]
-    assert bool((emitted == 0).all())
+    assert emitted[0, 0] == 1.0
+    assert int((emitted == 0).sum()) == emitted.numel() - 1
     assert bool((constants[name] != 0).all())
+
+
+def test_subnormal_weights_with_nothing_larger_beside_them_stay(compiled: sbp_compile.Compiled) -> None:
+    program = compiled.program
+    name = next(name for name, value in program.constants.items() if value.ndim == 2)
+    constants: dict[str, Any] = dict(program.constants)
+    constants[name] = torch.full_like(constants[name], 1e-40)
+    module = emit_graph_module(program.replace(constants=constants))
+    [emitted] = [value for key, value in module.named_parameters() if key == name.replace(".", "_")]
+    assert bool((emitted == torch.tensor(1e-40)).all())
 
 
 class NamedAsByTheExporter(nn.Module):
