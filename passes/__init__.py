@@ -16,6 +16,8 @@ from passes.ir.pipeline import Note, Pass, Pipeline, Result, Step
 from passes.ir.program import Input, Program, TensorInfo
 from passes.lay_out_constants import LayOutConstants
 from passes.merge_normalized import MergeNormalized
+from passes.merge_parallel import MergeParallel
+from passes.merge_serial import MergeSerial
 from passes.remove_dead import RemoveDead
 from passes.rules import Rule, registered_rules, rule
 from passes.separate_axes import SeparateAxes
@@ -48,6 +50,7 @@ def _passes(cost: CostModel) -> tuple[Pass, ...]:
         (
             FoldScales(),  # first: a scale of zero becomes a zero row or column, which the sweeps see
             FoldPermutations(),  # a permutation that went into weights couples nothing any more
+            MergeParallel(cost),  # needs scales where they are folded to; one layer couples less than two
             MergeNormalized(),  # columns become zero, which the sweeps see, too
             AnalyzeChannels(),  # facts, demand and keep sets of this very graph
             AlignHeads(),  # needs facts and demand; the same columns in every head, as far as their order is free
@@ -69,6 +72,9 @@ def _passes(cost: CostModel) -> tuple[Pass, ...]:
         SeparateAxes(),  # channels that are multiplied with a dynamic axis can be numbered only apart from it
         ComposeReadings(),  # before any keep set: pieces of one value become independent of each other
         rounds,
+        Pipeline(
+            (MergeSerial(),), name="merge", repeat=True
+        ),  # only now: what is between two layers may have shrunk to less than either side
         AnalyzeChannels(),
         SeparateEdges(cost),  # last: what no coupling could remove is worth a gather only now
         rounds,  # cuts what the gathers set free
@@ -95,6 +101,8 @@ __all__ = [
     "LayOutConstants",
     "LintError",
     "MergeNormalized",
+    "MergeParallel",
+    "MergeSerial",
     "Note",
     "PassError",
     "Pipeline",

@@ -97,7 +97,11 @@ class ChooseWidths(Pipeline):
     def _without_copies(self, program: Program, taken: Run) -> Run:
         """The network without gathers and constant maps, where these are in the way by far; else `taken`."""
         passes, target = self.alternatives.get(PLAIN), self.target
-        if passes is None or target is None or not any(step.notes for step in taken[1] if step.name in COPYING):
+        if (
+            passes is None
+            or target is None
+            or not any(step.notes for step in taken[1] if step.name in COPYING)
+        ):
             return taken
         plain = self._widened(passes, program, self._run_all(passes, program), target)
         is_faster = seconds(plain[0].program, target) < BY_FAR * seconds(taken[0].program, target)
@@ -110,16 +114,17 @@ class ChooseWidths(Pipeline):
 
     def _widened(self, passes: tuple[Pass, ...], program: Program, minimal: Run, target: Target) -> Run:
         """The fastest by the target's estimate of the minimal network and those that follow from it."""
-        best = last = minimal
+        best = minimal
         pins: Pins = program.pinned
         for _ in range(ROUNDS):
-            wanted = widths_of(last[0].program, program, target).pins()
+            wanted = widths_of(best[0].program, program, target).pins()
             if not wanted:
                 break
             pins = _joined(pins, wanted)
-            last = self._run_all(passes, program.replace(pinned=pins))
-            if seconds(last[0].program, target) < seconds(best[0].program, target):
-                best = last
+            wider = self._run_all(passes, program.replace(pinned=pins))
+            if seconds(wider[0].program, target) >= seconds(best[0].program, target):
+                break
+            best = wider
         return best
 
 

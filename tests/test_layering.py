@@ -27,6 +27,8 @@ LAYERS = (
     "passes.fold_scales",
     "passes.reorder",
     "passes.fold_permutations",
+    "passes.merge_parallel",
+    "passes.merge_serial",
     "passes.merge_normalized",
     "passes.analyze_channels",
     "passes.align_heads",

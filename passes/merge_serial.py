@@ -1,0 +1,107 @@
+"""merge_serial: a layer and the one behind it become one, where nothing is between them and that is less work.
+
+    W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2)
+
+One of the two reads each position by itself (a linear layer, or a kernel of one without stride and padding), neither
+has groups, and nothing else reads the result of the first. The bias of the first must add the same everywhere: not
+where the second pads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from passes.ir.pipeline import Note, Result
+from passes.ir.program import Program
+from passes.ir.rewriter import Rewriter
+from passes.rules.layer import SPATIAL_RANK, Contraction, describe, emit, is_contraction
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """Both layers as one: `like` gives strides and the like, `x` is what it reads."""
+
+    like: Contraction
+    x: fx.Node
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class MergeSerial:
+    """The pass; it has no options."""
+
+    name: str = "merge_serial"
+
+    def __call__(self, program: Program) -> Result:
+        found: dict[fx.Node, Product] = {}
+        for node in program.calls():
+            second = _layer(program, node)
+            first = None if second is None or second.x in found else _layer(program, second.x)
+            if first is not None and second is not None and len(second.x.users) == 1:
+                product = _product(first, second)
+                if product is not None:
+                    found[node] = product
+        if not found:
+            return Result(program, False)
+        rewriter = Rewriter(program)
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                rewriter.placeholder(node)
+            elif node in found:
+                rewriter.env[node] = _emit(rewriter, node, found[node])
+            elif node.op == "call_function":
+                rewriter.env[node] = rewriter.copy(node)
+        rewriter.output()
+        notes = tuple(Note(node.name, "one layer with the layer in front of it") for node in found)
+        return Result(rewriter.finish(), True, notes)
+
+
+def _layer(program: Program, node: fx.Node) -> Contraction | None:
+    if node.target not in SPATIAL_RANK or node not in program.infos:
+        return None
+    op = program.op(node)
+    this = describe(op) if op.info is not None and is_contraction(op) else None
+    return None if this is None or this.groups != 1 else this
+
+
+def _product(first: Contraction, second: Contraction) -> Product | None:
+    """Both as one where that is less work."""
+    if first.spatial_rank != second.spatial_rank or first.weight.dtype != second.weight.dtype:
+        return None
+    if _is_pointwise(second):
+        like, weight = first, torch.einsum("om,mi...->oi...", second.weight.flatten(1), first.weight)
+    elif _is_pointwise(first):
+        like, weight = second, torch.einsum("om...,mi->oi...", second.weight, first.weight.flatten(1))
+    else:
+        return None
+    moved = None if first.bias is None else second.of_constant(first.bias)
+    if first.bias is not None and moved is None:
+        return None
+    before = sum(this.weight.numel() * this.positions for this in (first, second))
+    if weight.numel() * like.positions >= before:
+        return None
+    biases = [bias for bias in (moved, second.bias) if bias is not None]
+    return Product(like, first.x, weight, sum(biases[1:], biases[0]) if biases else None)
+
+
+def _is_pointwise(this: Contraction) -> bool:
+    """Whether each position of the result reads its own position alone."""
+    if not this.spatial_rank:
+        return True
+    plain = not any(this.per_spatial("padding")) and set(this.per_spatial("stride")) == {1}
+    added = this.is_transposed and any(this.per_spatial("output_padding"))
+    return plain and not added and this.weight[0, 0].numel() == 1
+
+
+def _emit(rewriter: Rewriter, node: fx.Node, product: Product) -> fx.Node:
+    """The layer, which holds the original value of the second."""
+    x = rewriter.value(product.x)
+    new = emit(product.like, rewriter, product.weight, product.bias, 1, x=x)
+    new.meta.pop("origin", None)
+    if "origin" in node.meta:
+        new.meta["origin"] = node.meta["origin"]
+    return new
