@@ -28,7 +28,7 @@ from peer_case import Case, Outcome, Spec, build, export, results
 from torch import nn
 
 import sbp_compile
-from passes import CostModel, FewestMacs, default_pipeline
+from passes import CostModel, FewestMacs, Target, default_pipeline, this_cpu
 
 TORCHVISION_CLASSES = {
     "torchvision.models": ("MobileNetV3", "ShuffleNetV2"),
@@ -41,9 +41,14 @@ def masked(case: Case) -> Outcome:
     return Outcome(module=case.network)
 
 
-def ours(case: Case, cost: CostModel | None = None) -> Outcome:
-    """What `sbp_compile.compile` gives; compiled in float64 for the error and in float32 for the file."""
-    pipeline = default_pipeline(cost)
+def ours(case: Case) -> Outcome:
+    """What the command line gives."""
+    return _compiled(case, None, this_cpu())
+
+
+def _compiled(case: Case, cost: CostModel | None, target: Target | None) -> Outcome:
+    """Compiled in float64 for the error and in float32 for the file."""
+    pipeline = default_pipeline(cost, target)
     module = sbp_compile.compile(case.network, case.example, verify=False, pipeline=pipeline).module
     float32 = tuple(value.float() if value.is_floating_point() else value for value in case.example)
     path = case.folder / "small.onnx"
@@ -51,9 +56,14 @@ def ours(case: Case, cost: CostModel | None = None) -> Outcome:
     return Outcome(module=module, model=onnx.load(str(path)))
 
 
+def ours_minimal(case: Case) -> Outcome:
+    """The same with the fewest channels, as `--target none` asks for."""
+    return _compiled(case, None, None)
+
+
 def ours_smallest(case: Case) -> Outcome:
-    """The same with every gather and map that saves a multiply-add, as `--fewest-macs` does."""
-    return ours(case, FewestMacs())
+    """With every gather and map that saves a multiply-add as well, as `--target none --fewest-macs` does."""
+    return _compiled(case, FewestMacs(), None)
 
 
 def torch_simplify(case: Case) -> Outcome:
@@ -138,7 +148,8 @@ class Tool:
 TOOLS: dict[str, Tool] = {
     "masked": Tool(None, masked),
     "sbp_compile": Tool(None, ours),
-    "sbp_compile --fewest-macs": Tool(None, ours_smallest),
+    "sbp_compile --target none": Tool(None, ours_minimal),
+    "sbp_compile --target none --fewest-macs": Tool(None, ours_smallest),
     "torch-pruning, usual": Tool("torch-pruning", peer_torch_pruning.usual),
     "torch-pruning, careful": Tool("torch-pruning", peer_torch_pruning.careful),
     "OpenVINO pruning": Tool("openvino", peer_openvino.pruning),

@@ -253,3 +253,20 @@ def test_the_default_list_names_networks_of_the_zoo():
     specs = [compare.spec_of(text, 0.5, 0) for text in compare.DEFAULT]
     assert {spec.network for spec in specs} <= zoo.ZOO.keys()
     assert {spec.placement for spec in specs} <= set(zoo.PLACEMENTS)
+
+
+def test_the_page_names_exact_results_that_are_faster_than_the_default():
+    def row(tool, latency, error=0.0):
+        return {
+            "network": "net",
+            "tool": tool,
+            "error": error,
+            "bound": 1e-5,
+            "macs": 1,
+            "latency_us": latency,
+        }
+
+    own = row("sbp_compile", 100.0)
+    assert compare_page.faster([own, row("other", 99.0)]) == compare_page.NONE_FASTER
+    assert compare_page.faster([own, row("other", 50.0, error=1.0)]) == compare_page.NONE_FASTER
+    assert "- net: other; 90 us against our 100 us" in compare_page.faster([own, row("other", 90.0)])
