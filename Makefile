@@ -5,6 +5,7 @@
 #   make fuzz       random networks, FUZZ_GRAPHS of them from FUZZ_SEED on
 #   make fuzz-files damaged files of every format, FLIPS flipped bits of each (half an hour)
 #   make zoo        every architecture of tests/zoo, masked and compiled, against a bound (half an hour on two cores)
+#   make zoo-speed  every architecture of tests/zoo timed before and after (an hour)
 #   make bench      what the compiler makes against the dense and the minimal network, in turns (hours)
 #   make paper      train the paper's networks and their baselines on the data that is there (hours; it goes on)
 #   make onnx-in    every architecture of tests/zoo through ONNX files (hours)
@@ -29,7 +30,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DEMO_MODEL := models/lenet5-sbp-digits.pt
 
-.PHONY: bench bench-cuda compare cuda demo paper test test-slow fuzz fuzz-files zoo rules mutation interrupts lint clean onnx-in
+.PHONY: zoo-speed bench bench-cuda compare cuda demo paper test test-slow fuzz fuzz-files zoo rules mutation interrupts lint clean onnx-in
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -51,6 +52,10 @@ fuzz-files: $(READY)
 
 zoo: $(READY)
 	$(BIN)/python tools/zoo.py --write
+
+zoo-speed: $(READY)
+	mkdir -p out
+	$(BIN)/python tools/zoo_speed.py --json out/zoo-speed.json --write
 
 onnx-in: $(READY)
 	mkdir -p out
