@@ -3,6 +3,8 @@
 - max_pool*_with_indices becomes max_pool*; max and min, of an axis or of everything, and both results of aminmax
   become amax and amin;
 - adaptive_max_pool* becomes amax where one position is left, max_pool* where static sizes divide;
+- a pool in ceil mode that has no window more than without becomes one without (onnxruntime counts windows that torch
+  leaves out, those that begin behind everything);
 - an average pool with a divisor of its own becomes a plain one times a number (ONNX has no such attribute);
 - pad becomes constant_pad_nd, reflection_pad* or replication_pad*, and nothing where it adds nothing.
 
@@ -131,6 +133,38 @@ def _pool_with_divisor(op: Op, rewriter: Rewriter) -> fx.Node | None:
     return rewriter.call(aten.mul.Tensor, (mean, area / divisor), like=op.node)
 
 
+def _pool_without_ceil(spatial_rank: int, then: Spelling | None = None) -> Spelling:
+    def handler(op: Op, rewriter: Rewriter) -> fx.Node | None:
+        if not op.args["ceil_mode"]:
+            return None if then is None else then(op, rewriter)
+        if not op.operands or not _has_no_window_more(op, spatial_rank):
+            return None
+        args = {**op.args, "ceil_mode": False}
+        return rewriter.call(op.target, rewriter.map(tuple(args.values())), like=op.node)
+
+    return handler
+
+
+def _has_no_window_more(op: Op, spatial_rank: int) -> bool:
+    """Whether rounding down gives as many windows, along static axes alone."""
+    info = op.info_of(op.operands[0])
+    kernel, padding = (_per_axis(op.args[name], spatial_rank) for name in ("kernel_size", "padding"))
+    stride = _per_axis(op.args["stride"] or op.args["kernel_size"], spatial_rank)
+    dilation = _per_axis(op.args.get("dilation", 1), spatial_rank)
+    for number in range(spatial_rank):
+        axis = info.rank - spatial_rank + number
+        reach = dilation[number] * (kernel[number] - 1)
+        windows = (info.sizes[axis] + 2 * padding[number] - reach - 1) // stride[number] + 1
+        if not info.is_static(axis) or windows != op.out.sizes[axis]:
+            return False
+    return True
+
+
+def _per_axis(value: int | list[int], count: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * count if len(values) == 1 else values
+
+
 FIRST_OUTPUTS: dict[Any, Piece] = {
     aten.max_pool1d_with_indices.default: _plain_pool(aten.max_pool1d.default),
     aten.max_pool2d_with_indices.default: _plain_pool(aten.max_pool2d.default),
@@ -145,8 +179,12 @@ FIRST_OUTPUTS: dict[Any, Piece] = {
 SPELLINGS: dict[Any, Spelling] = {
     aten.max.default: _whole_extremum(aten.amax.default),
     aten.min.default: _whole_extremum(aten.amin.default),
-    aten.avg_pool2d.default: _pool_with_divisor,
-    aten.avg_pool3d.default: _pool_with_divisor,
+    aten.max_pool1d.default: _pool_without_ceil(1),
+    aten.max_pool2d.default: _pool_without_ceil(2),
+    aten.max_pool3d.default: _pool_without_ceil(3),
+    aten.avg_pool1d.default: _pool_without_ceil(1),
+    aten.avg_pool2d.default: _pool_without_ceil(2, _pool_with_divisor),
+    aten.avg_pool3d.default: _pool_without_ceil(3, _pool_with_divisor),
     aten.pad.default: _pad,
     aten.constant_pad_nd.default: _constant_pad,
 }

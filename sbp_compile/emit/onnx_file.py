@@ -62,11 +62,21 @@ def onnx_model(
         model = lowered(model, wanted) if opset is not None else nearest(model, wanted)
     results = zip(program.outputs, output_names, strict=True)
     _name_dimensions(model, program, [result for result, name in results if name is not None])
-    with without_weights(model):
-        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
-    model.graph.value_info.extend(inferred.graph.value_info)
+    model.graph.value_info.extend(_inferred(model))
     _describe(model, metadata, interface)
     return model
+
+
+def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Shapes of the values inside, as ONNX's own rules have them."""
+    try:
+        with without_weights(model):
+            return list(onnx.shape_inference.infer_shapes(model, strict_mode=True).graph.value_info)
+    except onnx.shape_inference.InferenceError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UnsupportedModelError(
+            f"ONNX's shape inference refuses what torch's exporter wrote: {lines[-1]}; write .pt2 instead"
+        ) from error
 
 
 def save_onnx(model: onnx.ModelProto, path: Path, *, external_data: bool = False) -> None:

@@ -232,3 +232,15 @@ def test_an_operator_that_the_exporter_does_not_know_is_refused_in_one_line(tmp_
     assert "\n" not in str(found.value)
     assert not list(tmp_path.iterdir())
     compiled.save(tmp_path / "small.pt2")
+
+
+def test_shapes_that_onnx_does_not_agree_with_are_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise onnx.shape_inference.InferenceError("[ShapeInferenceError] op MaxPool: (2) vs (1)\n\n")
+
+    compiled = sbp_compile.compile(nn.Linear(3, 2), torch.randn(2, 3))
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", refuse)
+    with pytest.raises(UnsupportedModelError, match=r"MaxPool: \(2\) vs \(1\); write \.pt2 instead"):
+        compiled.save(tmp_path / "small.onnx")

@@ -69,3 +69,21 @@ def test_an_average_with_its_own_divisor_is_a_plain_one_times_a_number(padding):
     targets = targets_of(check(network, torch.randn(2, 3, 9, 8)))
     assert torch.ops.aten.avg_pool2d.default in targets
     assert torch.ops.aten.mul.Tensor not in targets
+
+
+@pytest.mark.parametrize(
+    ("pool", "sizes", "stays"),
+    [
+        (nn.MaxPool2d(1, 2, ceil_mode=True), (6, 2), False),
+        (nn.MaxPool2d(3, 2, ceil_mode=True), (7, 9), False),
+        (nn.MaxPool2d(3, 2, ceil_mode=True), (8, 9), True),
+        (nn.MaxPool2d(2, 2, dilation=2, ceil_mode=True), (6, 6), True),
+        (nn.AvgPool2d(3, 2, padding=1, ceil_mode=True), (7, 7), False),
+        (nn.AvgPool2d(2, ceil_mode=True, divisor_override=3), (6, 8), False),
+        (nn.AvgPool2d(2, ceil_mode=True), (5, 8), True),
+    ],
+)
+def test_a_pool_in_ceil_mode_stays_one_only_where_it_has_windows_more(pool, sizes, stays):
+    result = check(nn.Sequential(nn.Conv2d(3, 4, 1), pool), torch.randn(2, 3, *sizes))
+    (call,) = [node for node in result.calls() if "pool" in str(node.target)]
+    assert result.op(call).args["ceil_mode"] == stays
