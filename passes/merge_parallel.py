@@ -21,16 +21,17 @@ from passes.ir.cost import CostModel, CountingModel
 from passes.ir.pipeline import Note, Result
 from passes.ir.program import Program
 from passes.ir.rewriter import Rewriter
-from passes.rules.layer import SPATIAL_RANK, Contraction, describe, emit, is_contraction
+from passes.rules.layer import SPATIAL_RANK, Contraction, describe, emit, is_contraction, label
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """The layer that stays, with its new weight and bias; `work`: what was merged, see `_work`."""
+    """The layer that stays, with its new weight and bias; `work`: of what was merged, `other` into it, see `_work`."""
 
     this: Contraction
+    other: fx.Node
     weight: Tensor
     bias: Tensor | None
     work: int
@@ -60,7 +61,10 @@ class MergeParallel:
             elif node.op == "call_function":
                 rewriter.env[node] = rewriter.copy(node)
         rewriter.output()
-        notes = tuple(Note(node.name, "layers of one value are added: one layer") for node in found)
+        notes = tuple(
+            Note(label(merged.this.op.node), f"is one layer with {label(merged.other)}, which is added to it")
+            for merged in found.values()
+        )
         return Result(rewriter.finish(), True, notes)
 
     def _merged(self, program: Program, node: fx.Node) -> Merged | None:
@@ -128,7 +132,7 @@ def _with_layer(this: Contraction, other: Contraction | None) -> Merged | None:
         _at(weight, place).add_(_at(other.weight, tap))
     biases = [bias for bias in (this.bias, other.bias) if bias is not None]
     work = sum(_work(layer.weight, layer.groups) for layer in (this, other))
-    return Merged(this, weight, sum(biases[1:], biases[0]) if biases else None, work)
+    return Merged(this, other.op.node, weight, sum(biases[1:], biases[0]) if biases else None, work)
 
 
 def _at(weight: Tensor, tap: tuple[int, ...]) -> Tensor:
@@ -183,7 +187,7 @@ def _with_scale(program: Program, this: Contraction, addend: fx.Node) -> Merged 
     if joint.has_shift:
         shift = joint.shift.expand(this.out_channels)
         bias = shift if bias is None else bias + shift
-    return Merged(this, weight, bias, _work(this.weight, this.groups) + this.out_channels)
+    return Merged(this, addend, weight, bias, _work(this.weight, this.groups) + this.out_channels)
 
 
 def _own_position(this: Contraction) -> tuple[int, ...] | None:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from passes.ir.pipeline import Note, Result
 from passes.ir.program import Program
 from passes.ir.rewriter import Rewriter
-from passes.rules.layer import SPATIAL_RANK, Contraction, describe, emit, is_contraction
+from passes.rules.layer import SPATIAL_RANK, Contraction, describe, emit, is_contraction, label
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +52,16 @@ class MergeSerial:
             if node.op == "placeholder":
                 rewriter.placeholder(node)
             elif node in found:
-                rewriter.env[node] = _emit(rewriter, node, found[node])
+                one = found[node]
+                x = rewriter.value(one.x)
+                rewriter.env[node] = emit(one.like, rewriter, one.weight, one.bias, 1, x=x, like=node)
             elif node.op == "call_function":
                 rewriter.env[node] = rewriter.copy(node)
         rewriter.output()
-        notes = tuple(Note(node.name, "one layer with the layer in front of it") for node in found)
+        notes = tuple(
+            Note(label(node), f"is one layer with {label(program.op(node).operands[0])}, in front of it")
+            for node in found
+        )
         return Result(rewriter.finish(), True, notes)
 
 
@@ -95,13 +100,3 @@ def _is_pointwise(this: Contraction) -> bool:
     plain = not any(this.per_spatial("padding")) and set(this.per_spatial("stride")) == {1}
     added = this.is_transposed and any(this.per_spatial("output_padding"))
     return plain and not added and this.weight[0, 0].numel() == 1
-
-
-def _emit(rewriter: Rewriter, node: fx.Node, product: Product) -> fx.Node:
-    """The layer, which holds the original value of the second."""
-    x = rewriter.value(product.x)
-    new = emit(product.like, rewriter, product.weight, product.bias, 1, x=x)
-    new.meta.pop("origin", None)
-    if "origin" in node.meta:
-        new.meta["origin"] = node.meta["origin"]
-    return new

@@ -6,6 +6,7 @@
 - a pool in ceil mode that has no window more than without becomes one without (onnxruntime counts windows that torch
   leaves out, those that begin behind everything);
 - an average pool with a divisor of its own becomes a plain one times a number (ONNX has no such attribute);
+- a concatenation loses operands without entries;
 - pad becomes constant_pad_nd, reflection_pad* or replication_pad*, and nothing where it adds nothing.
 
 Another call whose other outputs are used stays as it is.
@@ -117,6 +118,19 @@ def _pad(op: Op, rewriter: Rewriter) -> fx.Node | None:
     return None if packets is None else rewriter.call(packets[len(pads) // 2 - 1].default, args, like=op.node)
 
 
+def _concatenation(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    """Leave out what has no entries, if anything else is left."""
+    parts = list(op.args["tensors"])
+    if op.info is None or any(part not in op.program.infos for part in parts):
+        return None
+    kept = [part for part in parts if not op.info_of(part).is_empty]
+    if not kept or len(kept) == len(parts) or any(op.info_of(part).rank != op.info.rank for part in kept):
+        return None
+    if len(kept) == 1:
+        return rewriter.value(kept[0])
+    return rewriter.call(op.target, (rewriter.map(kept), op.args["dim"]), like=op.node)
+
+
 def _pool_with_divisor(op: Op, rewriter: Rewriter) -> fx.Node | None:
     """An average with a divisor of its own: the plain one, padding counted, times window / divisor.
 
@@ -177,6 +191,7 @@ FIRST_OUTPUTS: dict[Any, Piece] = {
     aten.aminmax.default: _one_extremum,
 }
 SPELLINGS: dict[Any, Spelling] = {
+    aten.cat.default: _concatenation,
     aten.max.default: _whole_extremum(aten.amax.default),
     aten.min.default: _whole_extremum(aten.amin.default),
     aten.max_pool1d.default: _pool_without_ceil(1),

@@ -38,6 +38,11 @@ def describe(op: Op) -> Contraction:
     return found
 
 
+def label(node: fx.Node) -> str:
+    """What a user calls a layer: its module's name, or else the call's."""
+    return str(node.meta.get("module") or node.name)
+
+
 def is_contraction(op: Op) -> bool:
     """Whether weight and bias are constants of the usual ranks (a linear layer takes a vector and a number too)."""
     weight, bias = op.constant("weight"), op.constant("bias")
@@ -282,11 +287,13 @@ def emit(
     groups: int,
     *,
     x: fx.Node | None = None,
+    like: fx.Node | None = None,
     step: str = "",
 ) -> fx.Node:
     """The call with other weights, (out, in / groups, *kernel); new constants keep the old ones' names and dtypes.
 
-    `x` and `step`: another operand in the new graph, and the name of an intermediate result (Rewriter.call).
+    `x`, `like` and `step`: another operand in the new graph, another old call in whose place this one is, and the name
+    of an intermediate result (Rewriter.call).
     """
     node = this.op.node
     source = this.op.args["weight"]
@@ -299,4 +306,4 @@ def emit(
         args[2] = rewriter.constant(bias, name, dtype)
     if this.spatial_rank:
         args += this.settings(groups)
-    return rewriter.call(node.target, args, like=node, step=step)
+    return rewriter.call(node.target, args, like=node if like is None else like, step=step)

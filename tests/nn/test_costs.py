@@ -101,7 +101,7 @@ def test_a_layer_that_is_not_called_costs_nothing():
             self.head = nn.Linear(6, 2)
 
         def forward(self, x):
-            return self.head(self.noise(self.linear(x)))
+            return self.head(self.noise(self.linear(x)).relu())
 
     costs = NetworkCosts(Unused(), torch.ones(2, 4))
     assert costs.macs_per_unit() == {"noise": 6, "other": 0}

@@ -77,7 +77,7 @@ def test_a_constant_gather_that_is_the_same_everywhere_reads_whole_channels(expa
             self.index = torch.tensor([6, 1, 2]).view(1, 3, 1, 1)
 
         def forward(self, x):
-            x, sizes = self.first(x), (x.shape[0] if expanded else 2, 3, 4, 4)
+            x, sizes = self.first(x).relu(), (x.shape[0] if expanded else 2, 3, 4, 4)
             return self.second(torch.gather(x, 1, self.index.expand(sizes)))
 
     result = check(Gathered(), torch.randn(2, 3, 4, 4), dynamic=expanded)

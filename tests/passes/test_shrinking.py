@@ -182,7 +182,7 @@ def test_different_masks_on_both_sides_of_an_add_keep_their_union():
             self.last = nn.Conv2d(8, 5, 1)
 
         def forward(self, x):
-            return self.last(F.relu(self.first(self.left(x)) + self.second(self.right(x))))
+            return self.last(F.relu(self.first(self.left(x)) + self.second(self.right(F.relu(x)))))
 
     assert widths(check(Sides(), IMAGE)) == [(6, 3), (6, 3), (5, 6)]
 

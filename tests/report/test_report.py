@@ -58,7 +58,7 @@ class ResidualMasks(nn.Module):
         self.register_buffer("mask", MASK)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.left(x) * self.mask + self.right(x) * self.mask.flip(0))
+        return self.head((self.left(x) * self.mask + self.right(x.sin()) * self.mask.flip(0)).relu())
 
 
 def test_why_more_were_kept_than_had_to_be_is_said() -> None:
@@ -68,6 +68,13 @@ def test_why_more_were_kept_than_had_to_be_is_said() -> None:
     assert left.kept > left.channels - left.masked
     assert "for" in left.reason
     assert "Why more channels were kept than had to be" in printed(report)
+
+
+def test_a_layer_that_became_part_of_another_is_named() -> None:
+    network = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
+    report = sbp_compile.compile(network, torch.randn(4, 6)).report
+    assert [layer.kept for layer in report.layers] == [0, 2]
+    assert "1: is one layer with 0, in front of it" in printed(report)
 
 
 def test_operators_without_a_rule_are_named_with_their_number() -> None:
