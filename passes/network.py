@@ -113,8 +113,11 @@ def layers(program: Program) -> Iterator[Contraction]:
             yield describe(op)
 
 
-def network_of(program: Program, coupling: Named) -> Network:
-    """The layers of a Program, the ways from and to its convolutions of images, and what else it does with entries."""
+def network_of(program: Program, coupling: Named, hopeful: bool = False) -> Network:
+    """The layers of a Program, the ways from and to its convolutions of images, and what else it does with entries.
+
+    `hopeful`: constants that are added count as if they were not there, since wider channels may stand for them.
+    """
     found: list[tuple[Layer, Coupling, Coupling]] = []
     images: dict[fx.Node, int] = {}
     described = list(layers(program))
@@ -123,7 +126,7 @@ def network_of(program: Program, coupling: Named) -> Network:
         if layer.is_of_images:
             images[this.op.node] = len(found)
         found.append((layer, coupling(this.x, this.axis), coupling(this.op.node, this.axis)))
-    blocked = _may_be_blocked(program, images)
+    blocked = _may_be_blocked(program, images, hopeful)
     ways = [
         way for this in described if this.op.node in images for way in _ways(this, images, blocked, coupling)
     ]
@@ -133,11 +136,16 @@ def network_of(program: Program, coupling: Named) -> Network:
     )
 
 
-def _may_be_blocked(program: Program, images: Mapping[fx.Node, int]) -> set[fx.Node]:
+def _may_be_blocked(program: Program, images: Mapping[fx.Node, int], hopeful: bool) -> set[fx.Node]:
     """Results of convolutions of images, and of operators that take any layout of them alone."""
     found = set(images)
     for node in program.calls():
-        if node.target in ANY_LAYOUT and all(operand in found for operand in node.all_input_nodes):
+        operands = [
+            operand
+            for operand in node.all_input_nodes
+            if not (hopeful and program.constant(operand) is not None)
+        ]
+        if node.target in ANY_LAYOUT and all(operand in found for operand in operands):
             found.add(node)
     return found
 
@@ -181,7 +189,7 @@ def _is_read_by(user: fx.Node, images: Mapping[fx.Node, int], blocked: set[fx.No
     return all(reader in blocked for reader in readers)
 
 
-def seconds(program: Program, target: Target) -> float:
+def seconds(program: Program, target: Target, hopeful: bool = False) -> float:
     """The target's estimate of a network for one example."""
     sizes: dict[Coupling, int] = {}
 
@@ -189,4 +197,4 @@ def seconds(program: Program, target: Target) -> float:
         sizes[node.name, axis] = program.infos[node].sizes[axis]
         return node.name, axis
 
-    return network_of(program, own).seconds(target, sizes.__getitem__)
+    return network_of(program, own, hopeful).seconds(target, sizes.__getitem__)
