@@ -27,7 +27,7 @@ from passes.ir.lattice import along
 from passes.ir.pipeline import Result
 from passes.ir.program import Op, Program
 from passes.ir.rewriter import Rewriter
-from passes.rules.layer import SPATIAL_RANK, Contraction, describe, emit, is_contraction
+from passes.rules.layer import Contraction, contraction_of, emit
 
 aten = torch.ops.aten
 
@@ -134,16 +134,9 @@ def _merge(program: Program, base: fx.Node, chain: list[fx.Node], joint: Affine,
         edits.locked |= set(chain)
 
 
-def _contraction(program: Program, node: fx.Node) -> Contraction | None:
-    if node.target not in SPATIAL_RANK:
-        return None
-    op = program.op(node)
-    return describe(op) if op.info is not None and is_contraction(op) else None
-
-
 def _produced_axis(program: Program, node: fx.Node) -> int | None:
     """The channel axis of a call that can take a map of its result; None if it is no such call."""
-    found = _contraction(program, node)
+    found = contraction_of(program, node)
     if found is not None:
         return found.axis
     is_lookup = node.target is aten.embedding.default and program.infos.get(node) is not None
@@ -202,7 +195,7 @@ def _push(
     takers: dict[fx.Node, Affine] = {}
     passed: set[fx.Node] = set()
     for user in node.users:
-        found = _contraction(program, user)
+        found = contraction_of(program, user)
         if found is not None and found.x is node:
             if joint.axis not in (None, found.axis) or (joint.has_shift and not _takes_shift(found, joint)):
                 return None
@@ -257,7 +250,7 @@ def _emit_edited(program: Program, rewriter: Rewriter, node: fx.Node, edits: Edi
         return rewriter.copy(node)
     if node.target is aten.embedding.default:
         return _emit_lookup(program, rewriter, node, edits.produce[node])
-    this = _contraction(program, node)
+    this = contraction_of(program, node)
     assert this is not None
     weight, bias = this.weight, this.bias
     if node in edits.consume:

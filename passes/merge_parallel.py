@@ -21,7 +21,7 @@ from passes.ir.cost import CostModel, CountingModel
 from passes.ir.pipeline import Note, Result
 from passes.ir.program import Program
 from passes.ir.rewriter import Rewriter
-from passes.rules.layer import SPATIAL_RANK, Contraction, describe, emit, is_contraction, label
+from passes.rules.layer import Contraction, contraction_of, emit, label
 
 aten = torch.ops.aten
 
@@ -106,10 +106,7 @@ def _carry(new: fx.Node, node: fx.Node) -> None:
 
 def _layer(program: Program, node: fx.Node) -> Contraction | None:
     """A layer that only the sum reads."""
-    if node.target not in SPATIAL_RANK or node not in program.infos or len(node.users) != 1:
-        return None
-    op = program.op(node)
-    this = describe(op) if op.info is not None and is_contraction(op) else None
+    this = contraction_of(program, node) if len(node.users) == 1 else None
     return None if this is None or this.is_transposed else this
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from passes.ir.pipeline import Note, Result
 from passes.ir.program import Program
 from passes.ir.rewriter import Rewriter
-from passes.rules.layer import SPATIAL_RANK, Contraction, describe, emit, is_contraction, label
+from passes.rules.layer import Contraction, contraction_of, emit, label
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +66,7 @@ class MergeSerial:
 
 
 def _layer(program: Program, node: fx.Node) -> Contraction | None:
-    if node.target not in SPATIAL_RANK or node not in program.infos:
-        return None
-    op = program.op(node)
-    this = describe(op) if op.info is not None and is_contraction(op) else None
+    this = contraction_of(program, node)
     return None if this is None or this.groups != 1 else this
 
 

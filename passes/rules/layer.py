@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from passes.ir.lattice import along
-from passes.ir.program import Op
+from passes.ir.program import Op, Program
 from passes.ir.rewriter import Rewriter
 
 aten = torch.ops.aten
@@ -36,6 +36,14 @@ def describe(op: Op) -> Contraction:
         op.cache["contraction"] = Contraction(op)
     found: Contraction = op.cache["contraction"]
     return found
+
+
+def contraction_of(program: Program, node: fx.Node) -> Contraction | None:
+    """A call's description; None if it is no such call."""
+    if node.target not in SPATIAL_RANK:
+        return None
+    op = program.op(node)
+    return describe(op) if op.info is not None and is_contraction(op) else None
 
 
 def label(node: fx.Node) -> str:
