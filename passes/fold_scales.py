@@ -140,7 +140,7 @@ def _produced_axis(program: Program, node: fx.Node) -> int | None:
     if found is not None:
         return found.axis
     is_lookup = node.target is aten.embedding.default and program.infos.get(node) is not None
-    if not is_lookup or program.constant(node.args[0]) is None:
+    if not is_lookup or program.held(node.args[0]) is None:
         return None
     table = node.args[0].target  # type: ignore[union-attr]
     readers = [other for other in program.nodes if other.op == "get_attr" and other.target == table]

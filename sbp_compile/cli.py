@@ -242,6 +242,7 @@ def _compile(options: argparse.Namespace, console: Console) -> Compiled:
             pipeline=pipeline,
             recipe=recipe,
             fill=options.fill is not None,
+            copy=False,
         )
         keep_times(options, tuner)
         progress(1.0, "writing and verifying")

@@ -1,11 +1,13 @@
 """Passes and pipelines: frozen dataclasses from Program to Program, with one contract checked around each.
 
 A pipeline is a tuple of passes and itself a pass. After each pass the Program is linted, the time is taken and the
-callback is called: printing, dumping and verifying every step are all that callback.
+callback is called: printing, dumping and verifying every step are all that callback. Where constants are large, what
+was dropped is collected at once.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,6 +56,8 @@ class Step:
 
 
 Callback = Callable[[Step], None]
+Noted = Callable[[Step], Step]
+"""What is kept of a step that the callback does not see at once."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class Pipeline:
             result = entry(program)
             if not isinstance(entry, Pipeline):
                 result.program.lint()
+                if result.changed and program.constants.are_large:
+                    gc.collect()  # a Program and its Ops refer to each other
         except PassError as error:
             raise type(error)(f"{self.name}/{entry.name}: {error}") from error
         if self.callback is not None and not isinstance(entry, Pipeline):
@@ -94,8 +100,15 @@ class Pipeline:
             self.callback(Step(entry.name, program, result.program, seconds, result.notes))
         return result
 
-    def with_callback(self, callback: Callback) -> Pipeline:
-        """The same pipeline, nested ones included, reporting every step to `callback`."""
+    def with_callback(self, callback: Callback, noted: Noted | None = None) -> Pipeline:
+        """The same pipeline, nested ones included, reporting every step to `callback`.
+
+        `noted`: what the callback is to see of a step (default: the step itself), made as soon as the step is over; a
+        pipeline that chooses between runs holds that of every step until it has chosen.
+        """
+        if noted is not None:
+            made = noted
+            return self.with_callback(lambda step: callback(made(step)))
         entries = tuple(
             entry.with_callback(callback) if isinstance(entry, Pipeline) else entry for entry in self.passes
         )
