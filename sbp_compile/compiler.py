@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -231,6 +232,7 @@ def compile_exported(
     parting: Callable[[Sequence[Tensor]], str] | None = None,
     source_hash: str | None = None,
     copy: bool = True,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Compiled:
     """Do the same for an exported program, the call it was captured with and example tensors.
 
@@ -238,8 +240,10 @@ def compile_exported(
     exported program itself if there is nothing else. `recipe`, `fill`: see `compile`. `axis_names`: of dynamic axes, by
     input and axis. `interface`, `parting`: see `LoadedModel`. `source_hash`: of the original, that of its graph and
     constants if not given. `copy`: the exported program's tensors; without it nobody may change them from now on.
+    `progress`: is told what is being done.
     """
     times = dict(seconds or {})
+    progress("reading the graph")
     with _timed(times, "capture"):
         labels = interface.inputs if interface else None
         original = program_from_export(exported, axis_names, labels, copy=copy)
@@ -258,10 +262,11 @@ def compile_exported(
             if changed is not original:
                 original, own, parting = changed, _as_module(changed, call), None
     with _timed(times, "passes"):
-        small, notes = _run_passes(pipeline, original, steps)
+        small, notes = _run_passes(pipeline, original, steps, progress)
     references: tuple[Reference, ...] = ()
     proof = None
     if verify:
+        progress("verifying in float64")
         with _timed(times, "verification"):
             devices = [tensor.device for tensor in examples]
             references, skipped = _references(own or exported.module(), call, original, feeds, devices)
@@ -272,6 +277,7 @@ def compile_exported(
                 verify_reader(original, references, parting)
             error = verify_float64(original, small, references)
             proof = Verification(error, sum(_batch(entry.inputs) for entry in references))
+    progress("describing what was done")
     layers = layer_recipes(original, small, steps)
     notes = (*_batch_notes(original), *filled, *notes, *(recipe.notes(layers) if recipe else ()))
     dense = plain_architecture(original).outline
@@ -305,14 +311,22 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _run_passes(
-    pipeline: Pipeline, original: Program, steps: list[Trace]
+    pipeline: Pipeline, original: Program, steps: list[Trace], progress: Callable[[str], None]
 ) -> tuple[Program, tuple[Note, ...]]:
+    number = itertools.count(1)
+    trace = tracing(original)
+    progress("compiling")
+
+    def noted(step: Step) -> Trace:
+        progress(f"compiling: {next(number)} passes done, the last {step.name}")
+        return trace(step)
+
     def remember(step: Step) -> None:
         assert isinstance(step, Trace)
         steps.append(step)
 
     try:
-        result = pipeline.with_callback(remember, tracing(original))(original)
+        result = pipeline.with_callback(remember, noted)(original)
     except PassError as error:
         raise UnsupportedModelError(str(error)) from error
     return result.program, result.notes

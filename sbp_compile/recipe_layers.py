@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from passes.ir import schema
 from passes.ir.analysis import Analysis
 from passes.ir.cost import TRANSPOSED
 from passes.ir.lattice import all_over_others
-from passes.ir.pipeline import Noted, Step
+from passes.ir.pipeline import Step
 from passes.ir.program import Program
 from passes.rules.layer import SPATIAL_RANK, by_rows
 
@@ -50,7 +50,7 @@ class Trace(Step):
     places: Mapping[str, Tensor | None] = field(default_factory=dict)
 
 
-def tracing(original: Program) -> Noted:
+def tracing(original: Program) -> Callable[[Step], Trace]:
     """Return what notes of a step what a recipe and a report of `original` read of it."""
     names = {node.name for node in original.calls() if _channels(original, node) is not None}
 

@@ -79,6 +79,9 @@ class Pipeline:
                 result = self._run(entry, program)
                 notes += [note for note in result.notes if note not in notes]
                 round_changed |= result.changed
+                if result.program is not program and program.constants.are_large:
+                    program = result.program
+                    gc.collect()  # a Program and its Ops refer to each other
                 program = result.program
             any_change |= round_changed
             if not round_changed:
@@ -91,8 +94,6 @@ class Pipeline:
             result = entry(program)
             if not isinstance(entry, Pipeline):
                 result.program.lint()
-                if result.changed and program.constants.are_large:
-                    gc.collect()  # a Program and its Ops refer to each other
         except PassError as error:
             raise type(error)(f"{self.name}/{entry.name}: {error}") from error
         if self.callback is not None and not isinstance(entry, Pipeline):

@@ -110,12 +110,19 @@ class Contraction:
         sizes = self.info.sizes if self.is_transposed else self.op.out.sizes
         return prod(sizes[axis] for axis in self.spatial)
 
-    @cached_property
+    @property
     def columns(self) -> Tensor:
         """Whether row j reads input channel c with a weight that is not zero; bool (out, in / groups)."""
+        return self._columns if self._rows is not None else self._columns_of(self._by_rows(self._held.tensor))
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        return self._columns_of(self.weight)
+
+    def _columns_of(self, weight: Tensor) -> Tensor:
         if not self.spatial_rank:
-            return self.weight != 0
-        taps = self.weight.flatten(2)
+            return weight != 0
+        taps = weight.flatten(2)
         first = taps[:, :, 0] != 0
         return first if bool(first.all()) else (taps != 0).any(2)
 
