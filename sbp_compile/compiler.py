@@ -281,6 +281,7 @@ def compile_exported(
     layers = layer_recipes(original, small, steps)
     notes = (*_batch_notes(original), *filled, *notes, *(recipe.notes(layers) if recipe else ()))
     dense = plain_architecture(original).outline
+    original.constants.free_dropped()
     report = build_report(dense, small, steps, notes, verification=proof, seconds=times)
     return Compiled(
         compiled_module(emit_graph_module(small), call),
@@ -329,6 +330,7 @@ def _run_passes(
         result = pipeline.with_callback(remember, noted)(original)
     except PassError as error:
         raise UnsupportedModelError(str(error)) from error
+    original.constants.free_dropped()
     return result.program, result.notes
 
 

@@ -7,6 +7,7 @@ time it is read. So memory goes with the model's own dtype, and only the constan
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Collection, Iterator, Mapping
 
 import torch
@@ -127,6 +128,14 @@ class Constants(Mapping[str, Tensor]):
         for name, held in self._held.items():
             found.put(name, Held(held.on_meta(), held.dtype))
         return found
+
+    def free_dropped(self) -> None:
+        """Free other large constants that were dropped: a Program and its Ops, among others, refer to each other.
+
+        It does nothing where none of these is large.
+        """
+        if self.are_large:
+            gc.collect()
 
     @property
     def are_large(self) -> bool:

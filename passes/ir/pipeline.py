@@ -7,7 +7,6 @@ was dropped is collected at once.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -79,10 +78,10 @@ class Pipeline:
                 result = self._run(entry, program)
                 notes += [note for note in result.notes if note not in notes]
                 round_changed |= result.changed
-                if result.program is not program and program.constants.are_large:
-                    program = result.program
-                    gc.collect()  # a Program and its Ops refer to each other
+                is_new = result.program is not program
                 program = result.program
+                if is_new:
+                    program.constants.free_dropped()
             any_change |= round_changed
             if not round_changed:
                 break

@@ -101,6 +101,17 @@ class Contraction:
         """(out, in / groups, *kernel); widened anew each time where it is held narrow."""
         return self._by_rows(self._held.read()) if self._rows is None else self._rows
 
+    def own_weight(self) -> Tensor:
+        """The same in memory of its own, to write into."""
+        return self.weight if self._rows is None else self._rows.clone()
+
+    def cut_weight(self, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        """The weight of a layer without groups at some rows and columns (indices; None for all)."""
+        found = self._by_rows(self._held.tensor) if self._rows is None else self._rows
+        for axis, index in enumerate((rows, columns)):
+            found = found if index is None else found.index_select(axis, index)
+        return found.to(self._held.dtype)
+
     def _by_rows(self, weight: Tensor) -> Tensor:
         return by_rows(weight, self.groups) if self.is_transposed else weight
 
