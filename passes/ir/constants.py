@@ -16,6 +16,8 @@ from torch import Tensor
 LARGE = 1 << 20
 """Entries from which on narrowing is tried: below, it would cost more time than memory."""
 CHUNK = 1 << 20
+TOTAL = 1 << 28
+"""Bytes of all large constants from which on what was dropped is collected at once, which takes a tenth of a second."""
 
 
 class Held:
@@ -64,13 +66,18 @@ class Held:
         return torch.equal(self.read(), other.read())
 
 
+def is_large(value: Tensor) -> bool:
+    """Whether narrowing a constant is worth its time."""
+    return value.numel() >= LARGE
+
+
 def hold(value: Tensor, dtype: torch.dtype | None = None) -> Held:
     """A constant that is emitted in `dtype`, held in it where it is large and loses nothing."""
     return Held(_narrowed(value, dtype), value.dtype)
 
 
 def _narrowed(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    may_be = value.dtype == torch.float64 and value.numel() >= LARGE and value.is_contiguous()
+    may_be = value.dtype == torch.float64 and is_large(value) and value.is_contiguous()
     if not may_be or dtype is None or not dtype.is_floating_point or dtype == value.dtype or value.is_meta:
         return value
     narrow = value.to(dtype)
@@ -130,14 +137,7 @@ class Constants(Mapping[str, Tensor]):
         return found
 
     def free_dropped(self) -> None:
-        """Free other large constants that were dropped: a Program and its Ops, among others, refer to each other.
-
-        It does nothing where none of these is large.
-        """
-        if self.are_large:
+        """Free what was dropped where these are much: a Program and its Ops, among others, refer to each other."""
+        tensors = [held.tensor for held in self._held.values() if is_large(held.tensor)]
+        if sum(tensor.nbytes for tensor in tensors) >= TOTAL:
             gc.collect()
-
-    @property
-    def are_large(self) -> bool:
-        """Whether one of them is so large that it is held narrow where that can be."""
-        return any(held.numel() >= LARGE for held in self._held.values())

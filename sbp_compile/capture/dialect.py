@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.ir import schema
-from passes.ir.constants import LARGE, Held
+from passes.ir.constants import Held, is_large
 from passes.ir.program import Origin
 from sbp_compile.errors import UnsupportedModelError
 
@@ -82,7 +82,7 @@ def widened(value: Tensor, *, copy: bool = True) -> Held:
     Without `copy` a large one is the user's own, who must not change it; and it is held as wide as it is.
     """
     value, wide = value.detach(), WIDENED.get(value.dtype, value.dtype)
-    if value.numel() < LARGE or wide != torch.float64 or not value.is_contiguous():
+    if not is_large(value) or wide != torch.float64 or not value.is_contiguous():
         return Held(value.to("cpu", wide, copy=True), wide)
     return Held(value.to("cpu", copy=copy), wide)
 
