@@ -107,7 +107,7 @@ def _operands(op: Op) -> tuple[fx.Node, Tensor, bool] | None:
     first, second = (op.node.args[0], op.node.args[1]) if len(op.node.args) > 1 else (op.node.args[0], None)
     for x, other, in_front in ((first, second, True), (second, first, False)):
         value = _number_or_constant(op.program, other)
-        if isinstance(x, fx.Node) and value is not None and op.program.constant(x) is None:
+        if isinstance(x, fx.Node) and value is not None and op.program.held(x) is None:
             return x, value, in_front
     return None
 
@@ -115,8 +115,8 @@ def _operands(op: Op) -> tuple[fx.Node, Tensor, bool] | None:
 def _number_or_constant(program: Program, value: Any) -> Tensor | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return torch.tensor([value], dtype=torch.float64)
-    found = program.constant(value)
-    return found if found is not None and found.is_floating_point() else None
+    held = program.held(value)
+    return held.read() if held is not None and held.dtype.is_floating_point else None
 
 
 _ONE, _ZERO = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)

@@ -27,6 +27,7 @@ from torch import Tensor, fx
 from passes.formulas import FORMULAS, PARTS
 from passes.ir import schema
 from passes.ir.analysis import LARGEST_CONSTANT, size_source
+from passes.ir.constants import Held, hold
 from passes.ir.pipeline import Result
 from passes.ir.program import Op, Program
 from passes.ir.rewriter import Rewriter
@@ -64,22 +65,23 @@ def fold_constants(program: Program) -> Program:
     """Replace every deterministic call on constants alone by its value."""
     values: dict[fx.Node, Any] = {}
     for node in program.graph.nodes:
-        constant = program.constant(node)
-        if constant is not None:
-            values[node] = constant
+        held = program.held(node)
+        if held is not None:
+            values[node] = held
         elif node.op == "call_function" and _is_foldable(node, values):
             value = _evaluate(node, values)
-            if not isinstance(value, Tensor) or value.numel() <= LARGEST_CONSTANT:
+            if not isinstance(value, Tensor):
                 values[node] = value
+            elif value.numel() <= LARGEST_CONSTANT:
+                values[node] = hold(value, node.meta.get("dtype", value.dtype))
     rewriter = Rewriter(program)
     for node in program.graph.nodes:
         if node.op == "placeholder":
             rewriter.placeholder(node)
-        elif node.op == "call_function" and isinstance(values.get(node), Tensor):
+        elif node.op == "call_function" and isinstance(values.get(node), Held):
             dtype = node.meta.get("dtype", values[node].dtype)
-            rewriter.env[node] = rewriter.constant(
-                values[node], node.meta.get("constant_name", node.name), dtype
-            )
+            name = node.meta.get("constant_name", node.name)
+            rewriter.env[node] = rewriter.shared(values[node], name, dtype)
         elif node.op == "call_function" and isinstance(values.get(node), (bool, int, float)):
             rewriter.env[node] = values[node]
         elif node.op == "call_function" and node not in values:
@@ -93,8 +95,12 @@ def _is_foldable(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
 
 
 def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    def value_of(operand: fx.Node) -> Any:
+        value = values[operand]
+        return value.read() if isinstance(value, Held) else value
+
     with torch.no_grad():
-        return schema.call(node, values.__getitem__)
+        return schema.call(node, value_of)
 
 
 def rewrite_calls(program: Program) -> Program:
@@ -334,7 +340,7 @@ def _unexpanded(op: Op, value: object) -> fx.Node | None:
         inner = op.program.constant(value.args[0])
         if inner is not None and inner.ndim == op.out.rank:
             return value.args[0]
-    return value if op.program.constant(value) is not None else None
+    return value if op.program.held(value) is not None else None
 
 
 def _view(op: Op, rewriter: Rewriter) -> fx.Node | None:

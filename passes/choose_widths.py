@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.ir.analysis import analyze
-from passes.ir.pipeline import Callback, Note, Pass, Pipeline, Result, Step
+from passes.ir.pipeline import Callback, Note, Noted, Pass, Pipeline, Result, Step
 from passes.ir.program import Origin, Pins, Program
 from passes.ir.ties import ties
 from passes.network import Coupling, Network, Touched, layers, network_of, seconds
@@ -39,7 +39,19 @@ COPYING = frozenset({"lay_out_constants", "separate_edges"})
 BY_FAR = 0.85  # estimates of networks that differ by less were wrong as often as right
 MOST_PARTS = 3  # of a concatenation, whose widths are combined in questions
 
-Run = tuple[Result, list[Step]]
+Watcher = tuple[Callback, Noted]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A step that is over: its name, its notes, and what each watcher noted of it."""
+
+    name: str
+    notes: tuple[Note, ...]
+    noted: tuple[Step, ...]
+
+
+Run = tuple[Result, list[Seen]]
 Question = tuple[Layer, int, int]
 """A layer with so many input and output channels."""
 
@@ -65,12 +77,12 @@ class ChooseWidths(Pipeline):
 
     target: Target | None = None
     tuner: Tuner | None = field(default=None, compare=False)
-    watchers: tuple[Callback, ...] = field(default=(), compare=False)
+    watchers: tuple[Watcher, ...] = field(default=(), compare=False)
     alternatives: Mapping[str, tuple[Pass, ...]] = field(default_factory=dict, compare=False)
     """Passes that decide otherwise, for the tuner to choose from."""
 
-    def with_callback(self, callback: Callback) -> Pipeline:
-        return replace(self, watchers=(*self.watchers, callback))
+    def with_callback(self, callback: Callback, noted: Noted | None = None) -> Pipeline:
+        return replace(self, watchers=(*self.watchers, (callback, noted or (lambda step: step))))
 
     def __call__(self, program: Program) -> Result:
         taken = minimal = self._run_all(self.passes, program)
@@ -90,8 +102,8 @@ class ChooseWidths(Pipeline):
             taken, notes = runs[name], (note,)
         result, steps = taken
         for step in steps:
-            for watcher in self.watchers:
-                watcher(step)
+            for (watcher, _), noted in zip(self.watchers, step.noted, strict=True):
+                watcher(noted)
         return replace(result, notes=(*result.notes, *notes))
 
     def _without_copies(self, program: Program, taken: Run) -> Run:
@@ -108,8 +120,12 @@ class ChooseWidths(Pipeline):
         return plain if is_faster else taken
 
     def _run_all(self, passes: tuple[Pass, ...], program: Program) -> Run:
-        steps: list[Step] = []
-        inner = Pipeline(passes, self.name, self.repeat, self.limit).with_callback(steps.append)
+        steps: list[Seen] = []
+
+        def see(step: Step) -> None:
+            steps.append(Seen(step.name, step.notes, tuple(noted(step) for _, noted in self.watchers)))
+
+        inner = Pipeline(passes, self.name, self.repeat, self.limit).with_callback(see)
         return inner(program), steps
 
     def _widened(self, passes: tuple[Pass, ...], program: Program, minimal: Run, target: Target) -> Run:

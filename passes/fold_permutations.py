@@ -100,7 +100,7 @@ def _pull(
         _, value = heapq.heappop(queue)
         if set(value.users) != askers[value] or len(path) > farthest:
             return None
-        if program.constant(value) is not None:
+        if program.held(value) is not None:
             path[value] = Edit(wanted[value])
             continue
         if value.op != "call_function" or value not in program.infos:

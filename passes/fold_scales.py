@@ -140,7 +140,7 @@ def _produced_axis(program: Program, node: fx.Node) -> int | None:
     if found is not None:
         return found.axis
     is_lookup = node.target is aten.embedding.default and program.infos.get(node) is not None
-    if not is_lookup or program.constant(node.args[0]) is None:
+    if not is_lookup or program.held(node.args[0]) is None:
         return None
     table = node.args[0].target  # type: ignore[union-attr]
     readers = [other for other in program.nodes if other.op == "get_attr" and other.target == table]
@@ -252,7 +252,7 @@ def _emit_edited(program: Program, rewriter: Rewriter, node: fx.Node, edits: Edi
         return _emit_lookup(program, rewriter, node, edits.produce[node])
     this = contraction_of(program, node)
     assert this is not None
-    weight, bias = this.weight, this.bias
+    weight, bias = this.own_weight(), this.bias
     if node in edits.consume:
         weight, bias = consumed(this, weight, bias, edits.consume[node])
     if node in edits.produce:
@@ -273,8 +273,8 @@ def _emit_lookup(program: Program, rewriter: Rewriter, node: fx.Node, after: Aff
 
 
 def produced(weight: Tensor, bias: Tensor | None, after: Affine) -> tuple[Tensor, Tensor | None]:
-    """Weights of s (W x + b) + t."""
-    scaled = weight * after.scale.reshape(-1, *([1] * (weight.ndim - 1)))
+    """Weights of s (W x + b) + t; the weight is written into."""
+    scaled = weight.mul_(after.scale.reshape(-1, *([1] * (weight.ndim - 1))))
     if bias is None and not after.has_shift:
         return scaled, None
     held = torch.zeros(weight.shape[0], dtype=weight.dtype) if bias is None else bias
@@ -284,12 +284,12 @@ def produced(weight: Tensor, bias: Tensor | None, after: Affine) -> tuple[Tensor
 def consumed(
     this: Contraction, weight: Tensor, bias: Tensor | None, before: Affine
 ) -> tuple[Tensor, Tensor | None]:
-    """Weights of W (s x + t) + b."""
+    """Weights of W (s x + t) + b; the weight is written into."""
     if before.has_shift:
         moved = this.of_constant(before.shift)
         assert moved is not None
         bias = moved if bias is None else bias + moved
-    return weight * this.per_input(before.scale), bias
+    return weight.mul_(this.per_input(before.scale)), bias
 
 
 def _emit_affine(

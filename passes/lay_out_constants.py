@@ -68,7 +68,7 @@ class LayOutConstants:
         taps = int(this.weight[0, 0].numel())
         if not self.cost.map_pays(entries, int(basis.sum()) * taps * entries // this.groups):
             return None
-        weight = this.weight.clone()
+        weight = this.own_weight()
         blocks = weight.view(this.groups, this.out_per_group, *weight.shape[1:])
         blocks[channels // this.in_per_group, :, channels % this.in_per_group] = 0.0
         return this, weight, total

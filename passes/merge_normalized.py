@@ -84,7 +84,7 @@ def _is_norm(op: Op) -> bool:
     if not isinstance(rule, OverLastAxes) or len(rule.weighted(op)) > 1:
         return False
     vectors = (op.args.get(name) for name in ("weight", "bias"))
-    return all(vector is None or op.program.constant(vector) is not None for vector in vectors)
+    return all(vector is None or op.program.held(vector) is not None for vector in vectors)
 
 
 def _readers(op: Op) -> list[Contraction]:

@@ -150,9 +150,9 @@ def _places(this: Contraction, other: Contraction) -> list[tuple[tuple[int, ...]
             for layer in (this, other)
         )
         found = []
-        for tap in range(other.weight.shape[2 + axis]):
+        for tap in range(other.kernel[axis]):
             place, rest = divmod(tap * other_step - other_pad + pad, step)
-            if rest or not 0 <= place < this.weight.shape[2 + axis]:
+            if rest or not 0 <= place < this.kernel[axis]:
                 return None
             found.append((tap, place))
         axes.append(found)
@@ -192,7 +192,7 @@ def _own_position(this: Contraction) -> tuple[int, ...] | None:
     found = []
     for axis in range(this.spatial_rank):
         place, rest = divmod(this.per_spatial("padding")[axis], this.per_spatial("dilation")[axis])
-        if rest or place >= this.weight.shape[2 + axis]:
+        if rest or place >= this.kernel[axis]:
             return None
         found.append(place)
     return tuple(found)

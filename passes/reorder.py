@@ -151,7 +151,7 @@ def _forward_pointwise(op: Op, orders: dict[fx.Node, Order]) -> Moved | None:
         wanted = _in_operand(op, operand, shifted[0])
         if wanted is None or operand in orders:
             continue
-        if op.program.constant(operand) is None:
+        if op.program.held(operand) is None:
             return None
         constants[operand] = wanted.inverse()
     return Moved(shifted[0], constants)

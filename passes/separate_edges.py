@@ -146,10 +146,10 @@ def _adapters_above(program: Program, adapter: Adapter, read: Tensor, stand_ins:
         return
     edges = []
     for x in op.operands:
-        found = None if program.constant(x) is not None else _axis_in(op, x, axis)
+        found = None if program.held(x) is not None else _axis_in(op, x, axis)
         if found is not None:
             edges.append(Edge(x, found, source))
-        elif program.constant(x) is None:
+        elif program.held(x) is None:
             edges = []
             break
     above = [_adapter(program, edge, read, stand_ins) for edge in edges]
@@ -167,7 +167,7 @@ def _edge_below(program: Program, edge: Edge) -> Edge:
         if user.op != "call_function" or program.infos.get(user) is None:
             return edge
         op = program.op(user)
-        variable = [x for x in op.operands if program.constant(x) is None]
+        variable = [x for x in op.operands if program.held(x) is None]
         axis = _axis_out(op, edge.source, edge.axis) if variable == [edge.source] else None
         if axis is None:
             return edge

@@ -51,7 +51,7 @@ def removes_anything(program: Program, analysis: Analysis) -> bool:
 
 
 def _is_expanded_constant(program: Program, node: fx.Node) -> bool:
-    return "expand" in str(node.target) and program.constant(node.args[0]) is not None
+    return "expand" in str(node.target) and program.held(node.args[0]) is not None
 
 
 def _emit(program: Program, analysis: Analysis, rewriter: Rewriter, node: fx.Node) -> None:

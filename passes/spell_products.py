@@ -45,8 +45,8 @@ def _linear_call(op: Op, rewriter: Rewriter, x: fx.Node, weight: fx.Node, bias: 
 
 
 def _is_matrix(op: Op, node: object) -> bool:
-    value = op.program.constant(node)
-    return value is not None and value.ndim == 2
+    held = op.program.held(node)
+    return held is not None and len(held.shape) == 2
 
 
 def _addmm(op: Op, rewriter: Rewriter) -> fx.Node | None:
@@ -60,7 +60,7 @@ def _addmm(op: Op, rewriter: Rewriter) -> fx.Node | None:
 
 def _product(op: Op, rewriter: Rewriter) -> fx.Node | None:
     x, other = op.args["self"], op.arg("mat2", "other", "vec", "tensor")
-    if _is_matrix(op, other) and op.program.constant(x) is None:
+    if _is_matrix(op, other) and op.program.held(x) is None:
         return _linear_call(op, rewriter, x, other, None)
     if op.info is None or any(node not in op.program.infos for node in (x, other)):
         return None
@@ -106,7 +106,7 @@ def _sum_with_product(op: Op, rewriter: Rewriter) -> fx.Node | None:
 def _linear(op: Op, rewriter: Rewriter) -> fx.Node | None:
     """Linear with a weight that is not constant: x W^T + b."""
     x, weight, bias = (op.args[name] for name in ("input", "weight", "bias"))
-    if op.info is None or op.constant("weight") is not None or op.info_of(weight).rank != 2:
+    if op.info is None or op.held("weight") is not None or op.info_of(weight).rank != 2:
         return None
     turned = rewriter.call(aten.transpose.int, (rewriter.value(weight), 0, 1), like=op.node, step="turned")
     ranks = [op.info_of(x).rank, 2]

@@ -36,7 +36,7 @@ class Layer:
         depthwise = this.groups > 1 and this.in_per_group == 1 and this.out_channels == this.groups
         return cls(
             this.spatial_rank,
-            prod(this.weight.shape[2:]),
+            prod(this.kernel),
             this.positions * prod(this.op.out.sizes[axis] for axis in this.leading[1:]),
             this.groups,
             depthwise,

@@ -234,7 +234,6 @@ def _compile(options: argparse.Namespace, console: Console) -> Compiled:
         target, tuner = tuned(options, table, progress)
         pipeline = default_pipeline(FewestMacs() if options.fewest_macs else None, target, tuner)
         model = load(options)
-        progress(0.0, "compiling")
         compiled = compile_file(
             model,
             verify=not options.no_verify,
@@ -242,6 +241,8 @@ def _compile(options: argparse.Namespace, console: Console) -> Compiled:
             pipeline=pipeline,
             recipe=recipe,
             fill=options.fill is not None,
+            copy=False,
+            progress=lambda text: progress(0.0, text),
         )
         keep_times(options, tuner)
         progress(1.0, "writing and verifying")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from sbp_compile.emit.onnx_file import onnx_model, save_onnx
 from sbp_compile.errors import InputError, UnsupportedModelError, UsageError
 from sbp_compile.output_options import OutputOptions, option_names
 from sbp_compile.recipe import Recipe
-from sbp_compile.recipe_layers import LayerRecipe, layer_recipes
+from sbp_compile.recipe_layers import LayerRecipe, Trace, layer_recipes, tracing
 from sbp_compile.refill import refilled
 from sbp_compile.report import Report, build_report
 from sbp_compile.save import save_verified
@@ -49,15 +50,13 @@ from sbp_compile.verify_reader import verify_reader
 class Compiled:
     """The small network: as a torch module, as a Program, and what was done to get there.
 
-    `original`: the captured network; `dense`: its plain architecture at full width; `call`: how the arguments
-    and results are nested; `output_names`: one for each flat result, None where it is no tensor; `interface`: of the
-    ONNX file that it was, if it was one.
+    `original`: the captured network; `call`: how the arguments and results are nested; `output_names`: one for each
+    flat result, None where it is no tensor; `interface`: of the ONNX file that it was, if it was one.
     """
 
     module: CompiledModule
     program: Program
     original: Program
-    dense: Program
     report: Report
     call: Call
     examples: tuple[Tensor, ...]
@@ -67,6 +66,11 @@ class Compiled:
     layers: tuple[LayerRecipe, ...] = field(repr=False, default=())
     applied: Recipe | None = field(repr=False, default=None)
     interface: Interface | None = field(repr=False, default=None)
+
+    @property
+    def dense(self) -> Program:
+        """The original's plain architecture at full width, made anew each time."""
+        return plain_architecture(self.original)
 
     def recipe(self) -> Recipe:
         """Return what was removed and why, in a form that another checkpoint can be compiled by."""
@@ -186,7 +190,7 @@ def compile(  # noqa: A001  # the public name; torch.compile and re.compile have
 def compile_file(model: LoadedModel, **options: Any) -> Compiled:
     """Do the same for a loaded model file; it must bring example inputs.
 
-    `options`: those of `compile_exported`.
+    `options`: those of `compile_exported`. The result may share the loaded tensors with `copy=False`.
     """
     args = model.example_inputs
     if args is None:
@@ -197,7 +201,7 @@ def compile_file(model: LoadedModel, **options: Any) -> Compiled:
     except ValueError as error:
         raise InputError(f"the model file's example inputs do not fit its program: {error}") from error
     tensors = call.tensors(args, model.kwargs)
-    compiled = compile_exported(
+    return compile_exported(
         model.exported_program,
         call,
         tensors,
@@ -205,10 +209,9 @@ def compile_file(model: LoadedModel, **options: Any) -> Compiled:
         axis_names=model.axis_names,
         interface=model.interface,
         parting=model.parting,
+        source_hash=model.sha256,
         **options,
     )
-    compiled.source_hash = model.sha256
-    return compiled
 
 
 def compile_exported(
@@ -227,23 +230,30 @@ def compile_exported(
     axis_names: Mapping[str, Mapping[int, str]] | None = None,
     interface: Interface | None = None,
     parting: Callable[[Sequence[Tensor]], str] | None = None,
+    source_hash: str | None = None,
+    copy: bool = True,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Compiled:
     """Do the same for an exported program, the call it was captured with and example tensors.
 
     `input_file`: an .npz with further inputs to verify on. `own`: the network as the user runs it, to compare with; the
     exported program itself if there is nothing else. `recipe`, `fill`: see `compile`. `axis_names`: of dynamic axes, by
-    input and axis. `interface`, `parting`: see `LoadedModel`.
+    input and axis. `interface`, `parting`: see `LoadedModel`. `source_hash`: of the original, that of its graph and
+    constants if not given. `copy`: the exported program's tensors; without it nobody may change them from now on.
+    `progress`: is told what is being done.
     """
     times = dict(seconds or {})
+    progress("reading the graph")
     with _timed(times, "capture"):
-        original = program_from_export(exported, axis_names, interface.inputs if interface else None)
+        labels = interface.inputs if interface else None
+        original = program_from_export(exported, axis_names, labels, copy=copy)
         if recipe is not None:
             original = recipe.apply(original)
             own, parting = _as_module(original, call), None
     feeds = [check_inputs(original, feed) for feed in (examples, *inputs)]
     if input_file is not None:
         feeds.append(load_inputs(input_file, original))
-    steps: list[Step] = []
+    steps: list[Trace] = []
     pipeline = pipeline or default_pipeline(target=this_cpu())
     filled: tuple[Note, ...] = ()
     if fill:
@@ -252,11 +262,11 @@ def compile_exported(
             if changed is not original:
                 original, own, parting = changed, _as_module(changed, call), None
     with _timed(times, "passes"):
-        small, notes = _run_passes(pipeline, original, steps)
-    dense = plain_architecture(original)
+        small, notes = _run_passes(pipeline, original, steps, progress)
     references: tuple[Reference, ...] = ()
     proof = None
     if verify:
+        progress("verifying in float64")
         with _timed(times, "verification"):
             devices = [tensor.device for tensor in examples]
             references, skipped = _references(own or exported.module(), call, original, feeds, devices)
@@ -267,20 +277,22 @@ def compile_exported(
                 verify_reader(original, references, parting)
             error = verify_float64(original, small, references)
             proof = Verification(error, sum(_batch(entry.inputs) for entry in references))
+    progress("describing what was done")
     layers = layer_recipes(original, small, steps)
     notes = (*_batch_notes(original), *filled, *notes, *(recipe.notes(layers) if recipe else ()))
+    dense = plain_architecture(original).outline
+    original.constants.free_dropped()
     report = build_report(dense, small, steps, notes, verification=proof, seconds=times)
     return Compiled(
         compiled_module(emit_graph_module(small), call),
         small,
         original,
-        dense,
         report,
         call,
         feeds[0],
         interface.outputs if interface else _output_names(original, call),
         references,
-        _hash(original),
+        _hash(original) if source_hash is None else source_hash,
         layers,
         recipe,
         interface,
@@ -299,11 +311,26 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _run_passes(pipeline: Pipeline, original: Program, steps: list[Step]) -> tuple[Program, tuple[Note, ...]]:
+def _run_passes(
+    pipeline: Pipeline, original: Program, steps: list[Trace], progress: Callable[[str], None]
+) -> tuple[Program, tuple[Note, ...]]:
+    number = itertools.count(1)
+    trace = tracing(original)
+    progress("compiling")
+
+    def noted(step: Step) -> Trace:
+        progress(f"compiling: {next(number)} passes done, the last {step.name}")
+        return trace(step)
+
+    def remember(step: Step) -> None:
+        assert isinstance(step, Trace)
+        steps.append(step)
+
     try:
-        result = pipeline.with_callback(steps.append)(original)
+        result = pipeline.with_callback(remember, noted)(original)
     except PassError as error:
         raise UnsupportedModelError(str(error)) from error
+    original.constants.free_dropped()
     return result.program, result.notes
 
 
@@ -367,5 +394,5 @@ def _hash(program: Program) -> str:
     digest = hashlib.sha256(str(program.graph).encode())
     for name in sorted(program.constants):
         digest.update(name.encode())
-        digest.update(program.constants[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(program.constants[name].contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

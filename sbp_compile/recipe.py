@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from passes.ir.pipeline import Note
 from passes.ir.program import Program
@@ -102,7 +102,7 @@ def structure_of(program: Program) -> tuple[str, ...]:
     """Return one line for each input and each operation of a captured network."""
 
     def shown(node: fx.Node) -> str:
-        value: Tensor | None = program.constant(node)
+        value = program.held(node)
         return node.name if value is None else f"{node.target}{list(value.shape)}"
 
     lines = []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,7 +40,35 @@ class LayerRecipe:
     kept_for: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
-def layer_recipes(original: Program, small: Program, steps: Sequence[Step]) -> tuple[LayerRecipe, ...]:
+@dataclass(frozen=True)
+class Trace(Step):
+    """What is kept of a step: Programs without the entries of their constants, and where layers' rows were before.
+
+    `places`: of the layers whose weights a reordering pass changed, by name; None where the rows are not the same.
+    """
+
+    places: Mapping[str, Tensor | None] = field(default_factory=dict)
+
+
+def tracing(original: Program) -> Callable[[Step], Trace]:
+    """Return what notes of a step what a recipe and a report of `original` read of it."""
+    names = {node.name for node in original.calls() if _channels(original, node) is not None}
+
+    def trace(step: Step) -> Trace:
+        places: dict[str, Tensor | None] = {}
+        if step.name in REORDERING and step.before is not step.after:
+            after = _layers(step.after, names)
+            places = {
+                name: _places(_rows(step.before, node), _rows(step.after, after[name]))
+                for name, node in _layers(step.before, names).items()
+                if name in after and not _has_same_weights(step, node, after[name])
+            }
+        return Trace(step.name, step.before.outline, step.after.outline, step.seconds, step.notes, places)
+
+    return trace
+
+
+def layer_recipes(original: Program, small: Program, steps: Sequence[Trace]) -> tuple[LayerRecipe, ...]:
     """Return the layers of `original` (with constant weights) in graph order; `steps`: what the pipeline did."""
     tracks: dict[str, _Track] = {}
     for node in original.calls():
@@ -85,7 +113,7 @@ class _Track:
         self.dead: set[int] = set()
         self.reasons: dict[str, set[int]] = {}
 
-    def follow(self, step: Step, before: fx.Node, after: fx.Node) -> None:
+    def follow(self, step: Trace, before: fx.Node, after: fx.Node) -> None:
         """Take one pass into account: what the analysis says, what was cut, what changed places."""
         assert self.numbers is not None
         axis = self._axis(step.before, before)
@@ -93,8 +121,8 @@ class _Track:
             self._read(step.after.analysis, after.name, axis)
         elif step.name == "shrink_channels" and step.before.analysis is not None:
             self.numbers = self.numbers[step.before.analysis.keep.get(before, axis)]
-        elif step.name in REORDERING and not _has_same_weights(step, before, after):
-            places = _places(_rows(step.before, before), _rows(step.after, after))
+        elif before.name in step.places:
+            places = step.places[before.name]
             self.numbers = None if places is None else self.numbers[places]
         if self.numbers is not None and len(self.numbers) != step.after.infos[after].sizes[axis]:
             self.numbers = None
@@ -136,11 +164,11 @@ def _has_same_weights(step: Step, before: fx.Node, after: fx.Node) -> bool:
     if before.target is not after.target or before.target not in SPATIAL_RANK:
         return False
     pairs = [
-        (step.before.constant(schema.bind(before)[name]), step.after.constant(schema.bind(after)[name]))
+        (step.before.held(schema.bind(before)[name]), step.after.held(schema.bind(after)[name]))
         for name in ("weight", "bias")
     ]
     return pairs[0][0] is not None and all(
-        (one is None) == (other is None) and (one is None or other is None or torch.equal(one, other))
+        (one is None) == (other is None) and (one is None or other is None or one.is_same(other))
         for one, other in pairs
     )
 
@@ -151,7 +179,7 @@ def _rows(program: Program, node: fx.Node) -> list[bytes] | None:
     if node.target not in SPATIAL_RANK and isinstance(first, fx.Node):  # a constant map that was added to it
         node = first
     bound = schema.bind(node) if node.target in SPATIAL_RANK else {}
-    weight, bias = program.constant(bound.get("weight")), program.constant(bound.get("bias"))
+    weight, bias = (program.constant(bound.get(name)) for name in ("weight", "bias"))
     if weight is None:
         return None
     rows = by_rows(weight, bound["groups"]) if node.target in TRANSPOSED else weight

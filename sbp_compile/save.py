@@ -124,6 +124,7 @@ def _write_onnx(output: _Output, path: Path) -> FileProof | None:
     if output.options.int8 is not None:
         return _write_int8(output, model, path, output.options.int8)
     save_onnx(model, path, external_data=output.options.external_data)
+    del model  # the runtime has weights of its own
     if not output.references:
         return None
     return FileProof(*verify_onnx(path, output.references, output.program, output.names, output.cause))

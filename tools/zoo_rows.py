@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from zoo_excess import Excess, added_up, excesses, reasons_by_layer, standing_outputs
 
 from passes import FewestMacs, Pipeline, Program, Step, default_pipeline
-from passes.ir.pipeline import Callback
+from passes.ir.pipeline import Callback, Noted
 from passes.rules import OPAQUE, rule_for
 from sbp_compile.capture import export_module
 from sbp_compile.capture.call import Call, captured_call
@@ -131,9 +131,9 @@ class Watched(Pipeline):
 
     watcher: Callback = print
 
-    def with_callback(self, callback: Callback) -> Pipeline:
+    def with_callback(self, callback: Callback, noted: Noted | None = None) -> Pipeline:
         def both(step: Step) -> None:
-            callback(step)
+            callback(step if noted is None else noted(step))
             self.watcher(step)
 
         return super().with_callback(both)

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +51,10 @@ class Analysis:
             self.keep.renamed(names, program.infos),
         )
 
+    def outline(self, names: Collection[str]) -> Analysis:
+        """What is known of the values of these names, and the keep sets."""
+        return Analysis({name: fact for name, fact in self.facts.items() if name in names}, {}, self.keep)
+
     def facts_of(self, op: Op) -> list[Facts]:
         return [self.facts[operand.name] for operand in op.operands]
 
@@ -74,11 +78,11 @@ def forward(program: Program, ops: dict[fx.Node, Op], rule_for: RuleTable) -> di
         info = program.infos.get(node)
         if info is None:
             continue
-        constant = program.constant(node)
+        constant = program.held(node)
         if info.is_empty:  # all of its entries are known, and none
             facts[node.name] = Facts.unknown(info)
         elif constant is not None:
-            facts[node.name] = Facts.constant(constant)
+            facts[node.name] = Facts.held(constant)
         elif node.op == "call_function":
             op = ops[node]
             known = [facts[operand.name] for operand in op.operands]

@@ -122,9 +122,9 @@ def macs_by_node(program: Program) -> dict[str, int]:
 
 def count(program: Program) -> Cost:
     """The whole Program's cost."""
-    parameters = sum(value.numel() for value in program.constants.values())
-    size = sum(value.numel() * program.dtypes[name].itemsize for name, value in program.constants.items())
-    return Cost(sum(macs_by_node(program).values()), parameters, size)
+    numbers = {name: program.constants.held(name).numel() for name in program.constants}
+    size = sum(number * program.dtypes[name].itemsize for name, number in numbers.items())
+    return Cost(sum(macs_by_node(program).values()), sum(numbers.values()), size)
 
 
 def _numel(info: TensorInfo) -> int:

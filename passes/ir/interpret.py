@@ -17,31 +17,32 @@ Observer = Callable[[fx.Node, Any], None]
 def run(program: Program, inputs: Iterable[Tensor], observe: Observer | None = None) -> tuple[Any, ...]:
     """The flat outputs for the given inputs (floating-point ones are widened to float64).
 
-    `observe` is called with every call's node and value in graph order. Values are freed after their last use.
+    `observe` is called with every call's node and value in graph order. Values are freed after their
+    last use, and constants are read when they are used.
     """
     feeds = {
         entry.name: value.to(entry.working_dtype) for entry, value in zip(program.inputs, inputs, strict=True)
     }
     env: dict[fx.Node, Any] = {}
     last_use = _last_uses(program)
+
+    def value_of(node: fx.Node) -> Any:
+        constant = program.constant(node)
+        return env[node] if constant is None else constant
+
     with torch.no_grad():
         for node in program.graph.nodes:
             if node.op == "output":
-                return tuple(fx.node.map_arg(node.args[0], env.__getitem__))
-            env[node] = _value(program, node, feeds, env)
-            if observe is not None and node.op == "call_function":
-                observe(node, env[node])
+                return tuple(fx.node.map_arg(node.args[0], value_of))
+            if node.op == "placeholder":
+                env[node] = feeds[str(node.target)]
+            elif node.op == "call_function":
+                env[node] = schema.call(node, value_of)
+                if observe is not None:
+                    observe(node, env[node])
             for operand in last_use.get(node, ()):
-                del env[operand]
+                env.pop(operand, None)
     raise AssertionError("a graph ends with its output")
-
-
-def _value(program: Program, node: fx.Node, feeds: dict[str, Tensor], env: dict[fx.Node, Any]) -> Any:
-    if node.op == "placeholder":
-        return feeds[str(node.target)]
-    if node.op == "get_attr":
-        return program.constants[str(node.target)]
-    return schema.call(node, env.__getitem__)
 
 
 def _last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from passes.ir.constants import Held
 from passes.ir.program import TensorInfo
 
 
@@ -38,6 +39,15 @@ class Facts:
     def constant(value: Tensor) -> Facts:
         """Every entry is known; entries that are not finite become unknown."""
         return Facts(value, torch.ones((1,) * value.ndim, dtype=torch.bool)).finite()
+
+    @staticmethod
+    def held(constant: Held) -> Facts:
+        """The same of a Program's constant; a large one is widened each time its values are read."""
+        return (
+            HeldFacts(constant)
+            if constant.is_narrow and constant.is_finite
+            else Facts.constant(constant.read())
+        )
 
     def finite(self) -> Facts:
         """Forget the entries whose value is infinite or NaN."""
@@ -83,6 +93,18 @@ class Facts:
             if known.shape[axis] > 1 and _is_flat(known, axis):
                 known = known.narrow(axis, 0, 1)
         return Facts(value, known)
+
+
+class HeldFacts(Facts):
+    """Facts of a large finite constant, whose values are not kept wide."""
+
+    def __init__(self, constant: Held) -> None:
+        vars(self).update(constant=constant, known=torch.ones((1,) * len(constant.shape), dtype=torch.bool))
+
+    @property
+    def value(self) -> Tensor:
+        constant: Held = vars(self)["constant"]
+        return constant.read()
 
 
 def expand_axes(stored: Tensor, axes: Iterable[int], info: TensorInfo) -> Tensor:

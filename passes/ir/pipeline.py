@@ -1,7 +1,8 @@
 """Passes and pipelines: frozen dataclasses from Program to Program, with one contract checked around each.
 
 A pipeline is a tuple of passes and itself a pass. After each pass the Program is linted, the time is taken and the
-callback is called: printing, dumping and verifying every step are all that callback.
+callback is called: printing, dumping and verifying every step are all that callback. Where constants are large, what
+was dropped is collected at once.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Step:
 
 
 Callback = Callable[[Step], None]
+Noted = Callable[[Step], Step]
+"""What is kept of a step that the callback does not see at once."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,10 @@ class Pipeline:
                 result = self._run(entry, program)
                 notes += [note for note in result.notes if note not in notes]
                 round_changed |= result.changed
+                is_new = result.program is not program
                 program = result.program
+                if is_new:
+                    program.constants.free_dropped()
             any_change |= round_changed
             if not round_changed:
                 break
@@ -94,8 +100,15 @@ class Pipeline:
             self.callback(Step(entry.name, program, result.program, seconds, result.notes))
         return result
 
-    def with_callback(self, callback: Callback) -> Pipeline:
-        """The same pipeline, nested ones included, reporting every step to `callback`."""
+    def with_callback(self, callback: Callback, noted: Noted | None = None) -> Pipeline:
+        """The same pipeline, nested ones included, reporting every step to `callback`.
+
+        `noted`: what the callback is to see of a step (default: the step itself), made as soon as the step is over; a
+        pipeline that chooses between runs holds that of every step until it has chosen.
+        """
+        if noted is not None:
+            made = noted
+            return self.with_callback(lambda step: callback(made(step)))
         entries = tuple(
             entry.with_callback(callback) if isinstance(entry, Pipeline) else entry for entry in self.passes
         )

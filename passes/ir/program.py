@@ -3,7 +3,8 @@
 The graph holds `placeholder` nodes (the network's tensor inputs), `get_attr` nodes (constants, one node for each use),
 `call_function` nodes and one `output` node whose argument is a flat tuple. Passes never change a Program: they build a
 new graph. Floating-point constants are float64 whatever the model's dtype (complex ones complex128); `dtypes` says what
-each is rounded to at emission.
+each is rounded to at emission. Large ones may be held narrower (passes/ir/constants.py), and are widened when they are
+read.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.ir import schema
+from passes.ir.constants import Constants, Held
 from passes.ir.errors import LintError, PassError
 
 if TYPE_CHECKING:
@@ -132,7 +134,8 @@ class Program:
     """A graph, its constants and its interface; see the module's docstring for the invariants."""
 
     graph: fx.Graph
-    constants: Mapping[str, Tensor]
+    constants: Constants
+    """Any mapping will do when a Program is made."""
     dtypes: Mapping[str, torch.dtype]
     inputs: tuple[Input, ...]
     analysis: Analysis | None = field(default=None)
@@ -140,6 +143,11 @@ class Program:
     """What the original gives for each flat output: its dtype, None for what is no tensor; empty if not known."""
     pinned: Pins = field(default_factory=dict)
     """Entries that stay although nothing needs them; follows the original values through all passes."""
+
+    def __post_init__(self) -> None:
+        given: Mapping[str, Tensor] = self.constants
+        if not isinstance(given, Constants):
+            object.__setattr__(self, "constants", Constants(given, self.dtypes))
 
     def replace(self, **changes: Any) -> Program:
         """A Program with some fields changed; the analysis is dropped unless it is given."""
@@ -182,6 +190,12 @@ class Program:
         """The tensor behind a `get_attr` node; None for anything else."""
         if isinstance(node, fx.Node) and node.op == "get_attr":
             return self.constants[str(node.target)]
+        return None
+
+    def held(self, node: object) -> Held | None:
+        """The same as it is held, for whoever does not look at its entries."""
+        if isinstance(node, fx.Node) and node.op == "get_attr":
+            return self.constants.held(str(node.target))
         return None
 
     def by_origin(self) -> dict[str, fx.Node]:
@@ -227,6 +241,16 @@ class Program:
     def _ops(self) -> dict[fx.Node, Op]:
         return {}
 
+    @cached_property
+    def outline(self) -> Program:
+        """The same graph, sizes and keep sets without the constants' entries: to look back on, at little memory."""
+        analysis = (
+            None if self.analysis is None else self.analysis.outline({node.name for node in self.calls()})
+        )
+        found = self.replace(constants=self.constants.outline(), analysis=analysis)
+        vars(found)["infos"] = self.infos
+        return found
+
     def lint(self) -> None:
         """Raise LintError where the graph or the interface broke an invariant."""
         self.graph.lint()
@@ -237,11 +261,12 @@ class Program:
         for node in self.graph.nodes:
             if node.op == "get_attr" and node.target not in self.constants:
                 raise LintError(f"{node.name}: constant {node.target!r} does not exist")
-        for name, value in self.constants.items():
-            if value.is_floating_point() and value.dtype != torch.float64:
-                raise LintError(f"constant {name!r}: have {value.dtype}, want torch.float64")
-            if value.is_complex() and value.dtype != torch.complex128:
-                raise LintError(f"constant {name!r}: have {value.dtype}, want torch.complex128")
+        for name in self.constants:
+            dtype = self.constants.held(name).dtype
+            if dtype.is_floating_point and dtype != torch.float64:
+                raise LintError(f"constant {name!r}: have {dtype}, want torch.float64")
+            if dtype.is_complex and dtype != torch.complex128:
+                raise LintError(f"constant {name!r}: have {dtype}, want torch.complex128")
 
 
 _FAILED = object()
@@ -254,7 +279,7 @@ def run_on_meta(program: Program, sizes: Iterable[tuple[int, ...]]) -> dict[fx.N
         entry.name: torch.empty(size, dtype=entry.working_dtype, device="meta")
         for entry, size in zip(program.inputs, sizes, strict=True)
     }
-    metas = {name: torch.empty_like(value, device="meta") for name, value in program.constants.items()}
+    metas = {name: program.constants.held(name).on_meta() for name in program.constants}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             env[node] = feeds[str(node.target)]
@@ -348,6 +373,10 @@ class Op:
     def constant(self, name: str) -> Tensor | None:
         """The constant tensor passed as argument `name`, or None if it is absent or not a constant."""
         return self.program.constant(self.args.get(name))
+
+    def held(self, name: str) -> Held | None:
+        """The same as it is held, for whoever does not look at its entries."""
+        return self.program.held(self.args.get(name))
 
     def info_of(self, operand: fx.Node) -> TensorInfo:
         return self.program.infos[operand]

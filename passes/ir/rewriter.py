@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.ir.analysis import Analysis, is_constant, size_source
+from passes.ir.constants import Constants, Held, hold
 from passes.ir.errors import PassError
 from passes.ir.program import Op, Origin, Program
 
@@ -28,15 +29,15 @@ class Rewriter:
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.inputs: dict[str, fx.Node] = {}
-        self.constants: dict[str, Tensor] = {}
+        self.constants = Constants()
         self.dtypes: dict[str, torch.dtype] = {}
 
     def value(self, node: fx.Node) -> fx.Node:
         """The new node that carries an old node's kept entries; constants are emitted on first use."""
         if node not in self.env:
-            constant = self.program.constant(node)
-            if constant is not None:
-                self.env[node] = self._sliced_constant(node, constant)
+            held = self.program.held(node)
+            if held is not None:
+                self.env[node] = self._sliced_constant(node, held)
             elif self.analysis is not None and is_constant(self.program, node, self.analysis.facts):
                 self.env[node] = self._materialize(node)
             else:
@@ -83,13 +84,17 @@ class Rewriter:
 
     def constant(self, value: Tensor, name: str, dtype: torch.dtype) -> fx.Node:
         """A new constant of that emission dtype; an equal one under the same base name is shared."""
-        value = value.contiguous()
+        return self.shared(hold(value.contiguous(), dtype), name, dtype)
+
+    def shared(self, held: Held, name: str, dtype: torch.dtype) -> fx.Node:
+        """The same for a constant that is held already, which is not copied."""
+        if not held.tensor.is_contiguous():
+            return self.constant(held.read(), name, dtype)
         for candidate in _names(name):
-            held = self.constants.get(candidate)
-            if held is None:
-                self.constants[candidate] = value
+            if candidate not in self.constants:
+                self.constants.put(candidate, held)
                 self.dtypes[candidate] = dtype
-            elif self.dtypes[candidate] != dtype or held.shape != value.shape or not torch.equal(held, value):
+            elif self.dtypes[candidate] != dtype or not self.constants.held(candidate).is_same(held):
                 continue
             return self.graph.create_node("get_attr", candidate, (), {})
         raise AssertionError
@@ -135,7 +140,7 @@ class Rewriter:
         remove_unused(self.graph)
         give_each_use_its_own_constant(self.graph)
         used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
-        constants = {name: value for name, value in self.constants.items() if name in used}
+        constants = self.constants.only(used)
         dtypes = {name: self.dtypes[name] for name in constants}
         return self.program.replace(graph=self.graph, constants=constants, dtypes=dtypes)
 
@@ -151,8 +156,13 @@ class Rewriter:
             entry.format_node() or entry.name for entry in nodes[max(0, position - 1) : position + 2]
         )
 
-    def _sliced_constant(self, node: fx.Node, constant: Tensor) -> fx.Node:
-        return self.constant(self.slice(constant, node), str(node.target), self.dtype_of(node))
+    def _sliced_constant(self, node: fx.Node, held: Held) -> fx.Node:
+        """The constant cut to its kept entries; one that stays whole is shared with the old Program."""
+        name, dtype = str(node.target), self.dtype_of(node)
+        axes = [axis for axis in range(len(held.shape)) if held.shape[axis] > 1]
+        if all(self.index(node, axis) is None for axis in axes):
+            return self.shared(held, name, dtype)
+        return self.constant(self.slice(held.read(), node), name, dtype)
 
     def _materialize(self, node: fx.Node) -> fx.Node:
         """A wholly known value as a constant, expanded to its run-time shape."""

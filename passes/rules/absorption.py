@@ -54,7 +54,7 @@ def absorption(this: Contraction, facts: Facts, keep: KeepSets) -> tuple[Tensor,
     if channels is None:
         return None
     found = absorb_into(this, facts, keep, channels)
-    weight = this.weight.clone()
+    weight = this.own_weight()
     bias = torch.zeros(this.out_channels, dtype=weight.dtype) if this.bias is None else this.bias.clone()
     known, constants = _flat_rows(this, facts)
     weight[known], bias[known] = 0.0, constants

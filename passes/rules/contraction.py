@@ -82,7 +82,7 @@ class ContractionRule(Rule):
         if this.groups > 1:
             return emit_groups(this, rewriter)
         rows, columns = rewriter.index(op.node, this.axis), rewriter.index(this.x, this.axis)
-        weight = _select(_select(this.weight, 0, rows), 1, columns)
+        weight = this.cut_weight(rows, columns)
         return emit(this, rewriter, weight, None if this.bias is None else _select(this.bias, 0, rows), 1)
 
     def absorb(self, op: Op, rewriter: Rewriter, facts: Sequence[Facts], keep: KeepSets) -> fx.Node | None:

@@ -148,7 +148,7 @@ def _dense(groups: Groups) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of one group over everything that is kept."""
     this = groups.this
     rows, columns = groups.outs.flatten().nonzero().flatten(), groups.ins.flatten().nonzero().flatten()
-    weight = torch.zeros(rows.numel(), columns.numel(), *this.weight.shape[2:], dtype=this.weight.dtype)
+    weight = torch.zeros(rows.numel(), columns.numel(), *this.kernel, dtype=torch.float64)
     for group in groups.used.nonzero().flatten().tolist():
         mine = (rows // this.out_per_group == group).nonzero().flatten()
         read = (columns // this.in_per_group == group).nonzero().flatten()

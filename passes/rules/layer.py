@@ -53,8 +53,8 @@ def label(node: fx.Node) -> str:
 
 def is_contraction(op: Op) -> bool:
     """Whether weight and bias are constants of the usual ranks (a linear layer takes a vector and a number too)."""
-    weight, bias = op.constant("weight"), op.constant("bias")
-    if weight is None or weight.ndim != SPATIAL_RANK.get(op.target, 0) + 2 or op.has_empty_tensors:
+    weight, bias = op.held("weight"), op.held("bias")
+    if weight is None or len(weight.shape) != SPATIAL_RANK.get(op.target, 0) + 2 or op.has_empty_tensors:
         return False
     out = weight.shape[1] * op.args["groups"] if op.target in TRANSPOSED else weight.shape[0]
     return op.args["bias"] is None or (bias is not None and bias.shape == (out,))
@@ -73,7 +73,7 @@ class Contraction:
     """
 
     def __init__(self, op: Op) -> None:
-        weight = op.constant("weight")
+        weight = op.held("weight")
         assert weight is not None
         self.op = op
         self.bias = op.constant("bias")
@@ -85,10 +85,35 @@ class Contraction:
         self.spatial = tuple(range(self.axis + 1, self.info.rank))
         self.leading = tuple(range(self.axis))
         self.groups: int = op.args.get("groups", 1)
-        self.weight = by_rows(weight, self.groups) if self.is_transposed else weight
-        self.out_channels, self.in_per_group = self.weight.shape[:2]
+        self._held, self._rows = weight, None if weight.is_narrow else self._by_rows(weight.read())
+        self.out_channels, self.in_per_group = weight.shape[:2]
+        if self.is_transposed:
+            self.out_channels, self.in_per_group = (
+                self.in_per_group * self.groups,
+                self.out_channels // self.groups,
+            )
+        self.kernel = tuple(weight.shape[2:])
         self.out_per_group = self.out_channels // self.groups
         self.in_channels = self.info.sizes[self.axis]
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in / groups, *kernel); widened anew each time where it is held narrow."""
+        return self._by_rows(self._held.read()) if self._rows is None else self._rows
+
+    def own_weight(self) -> Tensor:
+        """The same in memory of its own, to write into."""
+        return self.weight if self._rows is None else self._rows.clone()
+
+    def cut_weight(self, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        """The weight of a layer without groups at some rows and columns (indices; None for all)."""
+        found = self._by_rows(self._held.tensor) if self._rows is None else self._rows
+        for axis, index in enumerate((rows, columns)):
+            found = found if index is None else found.index_select(axis, index)
+        return found.to(self._held.dtype)
+
+    def _by_rows(self, weight: Tensor) -> Tensor:
+        return by_rows(weight, self.groups) if self.is_transposed else weight
 
     @property
     def positions(self) -> int:
@@ -96,12 +121,19 @@ class Contraction:
         sizes = self.info.sizes if self.is_transposed else self.op.out.sizes
         return prod(sizes[axis] for axis in self.spatial)
 
-    @cached_property
+    @property
     def columns(self) -> Tensor:
         """Whether row j reads input channel c with a weight that is not zero; bool (out, in / groups)."""
+        return self._columns if self._rows is not None else self._columns_of(self._by_rows(self._held.tensor))
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        return self._columns_of(self.weight)
+
+    def _columns_of(self, weight: Tensor) -> Tensor:
         if not self.spatial_rank:
-            return self.weight != 0
-        taps = self.weight.flatten(2)
+            return weight != 0
+        taps = weight.flatten(2)
         first = taps[:, :, 0] != 0
         return first if bool(first.all()) else (taps != 0).any(2)
 
@@ -137,7 +169,7 @@ class Contraction:
 
     def window(self, position: int) -> int:
         """How many entries the kernel spans along a spatial axis (numbered from 0)."""
-        return self.per_spatial("dilation")[position] * (self.weight.shape[2 + position] - 1) + 1
+        return self.per_spatial("dilation")[position] * (self.kernel[position] - 1) + 1
 
     def at_full_width(self, stored: Tensor) -> Tensor:
         """Stored values of x with every channel laid out."""
@@ -145,7 +177,7 @@ class Contraction:
 
     def may_vary(self) -> bool:
         """Whether what a constant adds can differ by position: at a padded border, or under a transposed kernel."""
-        if self.is_transposed and (max(self.weight.shape[2:]) > 1 or any(self.per_spatial("output_padding"))):
+        if self.is_transposed and (max(self.kernel) > 1 or any(self.per_spatial("output_padding"))):
             return True
         moved = self.is_transposed and max(self.per_spatial("stride")) > 1
         return moved or (bool(self.spatial_rank) and any(self.per_spatial("padding")))
@@ -272,7 +304,7 @@ class Contraction:
     def _nothing(self, rows: Tensor) -> Tensor:
         shape = [1] * self.info.rank
         shape[self.axis] = rows.numel()
-        return torch.zeros(shape, dtype=self.weight.dtype)
+        return torch.zeros(shape, dtype=self._held.dtype)
 
 
 def is_uniform(stored: Tensor, axis: int) -> bool:

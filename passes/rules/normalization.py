@@ -284,7 +284,7 @@ class RmsNorm(OverLastAxes):
 
     def keeps_whole(self, op: Op, keep: KeepSets, facts: Facts) -> str:
         """Return why eps and weight cannot make up for what is removed."""
-        if op.args["weight"] is not None and op.constant("weight") is None:
+        if op.args["weight"] is not None and op.held("weight") is None:
             return f"{op.node.name} has a weight that is computed"
         return super().keeps_whole(op, keep, facts)
 

@@ -74,7 +74,7 @@ def _branch(module: fx.GraphModule) -> fx.GraphModule:
             env[node] = value
             if isinstance(value, Tensor):
                 name = f"constant_{len(list(root.buffers()))}"
-                root.register_buffer(name, widened(value))
+                root.register_buffer(name, widened(value).read())
                 env[node] = graph.create_node("get_attr", name, (), {})
         elif node.op == "output":
             results = args[0]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.ir import schema
+from passes.ir.constants import Held, is_large
 from passes.ir.program import Origin
 from sbp_compile.errors import UnsupportedModelError
 
@@ -75,9 +76,15 @@ def _is_floating(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def widened(value: Tensor) -> Tensor:
-    """Copy a tensor of the user's, who may go on training it, to float64 (complex128) on the CPU."""
-    return value.detach().to("cpu", WIDENED.get(value.dtype, value.dtype), copy=True)
+def widened(value: Tensor, *, copy: bool = True) -> Held:
+    """Return a tensor of the user's as a constant: float64 (complex128) on the CPU.
+
+    Without `copy` a large one is the user's own, who must not change it; and it is held as wide as it is.
+    """
+    value, wide = value.detach(), WIDENED.get(value.dtype, value.dtype)
+    if not is_large(value) or wide != torch.float64 or not value.is_contiguous():
+        return Held(value.to("cpu", wide, copy=True), wide)
+    return Held(value.to("cpu", copy=copy), wide)
 
 
 def widened_literals(value: Any) -> Any:

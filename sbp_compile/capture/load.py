@@ -141,15 +141,20 @@ def _load_torchscript(path: Path, wanted: _Wanted) -> LoadedModel:
 
 
 def _load_pickle(path: Path, wanted: _Wanted) -> LoadedModel:
+    module = _unpickled(path, wanted)
+    return _capture(path, module, wanted, _as_given(module))
+
+
+def _unpickled(path: Path, wanted: _Wanted) -> nn.Module:
     content = read_pickled(path, trust=wanted.trust_pickle)
     module = find_module(content, wanted.checkpoint_key)
     if module is None:
-        module = _with_weights(path, find_state(content, wanted.checkpoint_key), wanted)
-    elif wanted.arch is not None:
+        return _with_weights(path, find_state(content, wanted.checkpoint_key), wanted)
+    if wanted.arch is not None:
         raise UsageError(
             f"--arch: {str(path)!r} holds a whole module ({type(module).__name__}); leave the option away"
         )
-    return _capture(path, module, wanted, _as_given(module))
+    return module
 
 
 def _load_safetensors(path: Path, wanted: _Wanted) -> LoadedModel:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
+from passes.ir.constants import Constants
 from passes.ir.program import Input, Program
 from sbp_compile.capture.branches import attribute, copy_control_flow, holds_branches
 from sbp_compile.capture.dialect import copy_call, provenance, widened
@@ -37,10 +38,13 @@ def program_from_export(
     exported: ExportedProgram,
     axis_names: Mapping[str, Mapping[int, str]] | None = None,
     labels: Mapping[str, str] | None = None,
+    *,
+    copy: bool = True,
 ) -> Program:
     """Return the Program of an exported program, in the ATen dialect that `run_decompositions({})` leaves.
 
     `axis_names`: of dynamic axes, by input and axis; `labels`: the user's names of inputs, by the program's.
+    `copy`: the program's tensors, whose owner may go on changing them.
 
     Raises UnsupportedModelError where the graph mutates buffers or inputs, draws random
     numbers, or computes with values that are not finite: NaN anywhere, infinity in a parameter, or in anything that
@@ -49,7 +53,7 @@ def program_from_export(
     with quiet_export():
         exported = _decomposed(exported)
     graph = fx.Graph()
-    constants: dict[str, Tensor] = {}
+    constants = Constants()
     dtypes: dict[str, torch.dtype] = {}
     inputs: list[Input] = []
     env: dict[fx.Node, Any] = {}
@@ -60,7 +64,8 @@ def program_from_export(
             spec = specs[node.name]
             if spec.kind is not InputKind.USER_INPUT:
                 value = _tensor_of(exported, spec)
-                constants[spec.target], dtypes[spec.target] = widened(value), value.dtype
+                constants.put(spec.target, widened(value, copy=copy))
+                dtypes[spec.target] = value.dtype
                 env[node] = graph.create_node("get_attr", spec.target, (), {})
             elif isinstance(spec.arg, TensorArgument):
                 value = node.meta["val"]
@@ -73,7 +78,7 @@ def program_from_export(
             else:
                 env[node] = getattr(spec.arg, "value", None)
         elif node.op == "get_attr":
-            env[node] = _attribute(exported, node, graph, constants, dtypes)
+            env[node] = _attribute(exported, node, graph, constants, dtypes, copy)
         elif node.op == "call_function" and node.target not in _CHECKS:
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
             if holds_branches(node, args):
@@ -96,9 +101,11 @@ def _decomposed(exported: ExportedProgram) -> ExportedProgram:
         ) from error
 
 
-def _refuse_broken_values(graph: fx.Graph, constants: dict[str, Tensor], parameters: set[str]) -> None:
+def _refuse_broken_values(graph: fx.Graph, constants: Constants, parameters: set[str]) -> None:
     factors = parameters | _factors(graph)
     for name in read_constants(graph):
+        if constants.held(name).is_finite:
+            continue
         value = constants[name]
         bad = ~torch.isfinite(value) if name in factors else torch.isnan(value)
         number = int(bad.sum())
@@ -142,14 +149,16 @@ def _attribute(
     exported: ExportedProgram,
     node: fx.Node,
     graph: fx.Graph,
-    constants: dict[str, Tensor],
+    constants: Constants,
     dtypes: dict[str, torch.dtype],
+    copy: bool,
 ) -> fx.Node | fx.GraphModule:
     """Return a constant of the graph, or the graph of a branch."""
     value = attribute(exported.graph_module, str(node.target))
     if isinstance(value, fx.GraphModule):
         return value
-    constants[str(node.target)], dtypes[str(node.target)] = widened(value), value.dtype
+    constants.put(str(node.target), widened(value, copy=copy))
+    dtypes[str(node.target)] = value.dtype
     return graph.create_node("get_attr", str(node.target), (), {})
 
 

@@ -66,7 +66,7 @@ def emission_dtype(program: Program) -> torch.dtype:
     numbers: dict[torch.dtype, int] = {}
     for name, dtype in program.dtypes.items():
         if dtype.is_floating_point:
-            numbers[dtype] = numbers.get(dtype, 0) + program.constants[name].numel()
+            numbers[dtype] = numbers.get(dtype, 0) + program.constants.held(name).numel()
     inputs = [entry.dtype for entry in program.inputs if entry.dtype.is_floating_point]
     found = [max(numbers, key=lambda dtype: (numbers[dtype], dtype.itemsize))] if numbers else []
     found += [min(inputs, key=lambda dtype: dtype.itemsize)] if inputs else []

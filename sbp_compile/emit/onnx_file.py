@@ -50,14 +50,15 @@ def onnx_model(
     Raises UnsupportedModelError where torch's exporter has no translation of an operator, and UsageError where the
     network cannot be written in that opset.
     """
-    module = emit_graph_module(program, dtype)
     wanted = OPSET if opset is None else opset
     if opset is None and interface is not None:
         wanted = interface.opset
-    _keep_outputs(module, [name is not None for name in output_names])
     names = [name for name in output_names if name is not None]
-    proto = _export(program, module, len(names), max(wanted, EXPORTED))
+    proto = _export(program, _emitted(program, output_names, dtype), len(names), max(wanted, EXPORTED))
+    program.constants.free_dropped()  # modules and exported programs
     model = _cleaned(proto, [entry.shown for entry in program.inputs], names)
+    del proto
+    program.constants.free_dropped()  # graphs
     if wanted < EXPORTED:
         model = lowered(model, wanted) if opset is not None else nearest(model, wanted)
     results = zip(program.outputs, output_names, strict=True)
@@ -70,8 +71,8 @@ def onnx_model(
 def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     """Shapes of the values inside, as ONNX's own rules have them."""
     try:
-        with without_weights(model):
-            return list(onnx.shape_inference.infer_shapes(model, strict_mode=True).graph.value_info)
+        inferred = onnx.shape_inference.infer_shapes(without_weights(model), strict_mode=True)
+        return list(inferred.graph.value_info)
     except onnx.shape_inference.InferenceError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise UnsupportedModelError(
@@ -153,6 +154,8 @@ def _export(program: Program, module: fx.GraphModule, outputs: int, opset: int) 
             ) from error
     assert converted is not None
     proto: onnx.ModelProto = converted.model_proto
+    for value in converted.model.graph.initializers.values():
+        value.const_value = None  # the rewriter remembers its last match, and the whole graph with it
     _refuse_other_opset(proto, opset)
     return proto
 
@@ -196,12 +199,18 @@ def _pairs(entry: Input) -> list[tuple[int, int]]:
     return list(zip(entry.sizes, entry.other_sizes, strict=True))
 
 
-def _keep_outputs(module: fx.GraphModule, wanted: list[bool]) -> None:
+def _emitted(
+    program: Program, output_names: Sequence[str | None], dtype: torch.dtype | None
+) -> fx.GraphModule:
+    """Return the module of a Program with the outputs that have a name."""
+    module = emit_graph_module(program, dtype)
+    wanted = [name is not None for name in output_names]
     output = next(iter(reversed(module.graph.nodes)))
     results: Any = output.args[0]
     output.args = (tuple(value for value, keep in zip(results, wanted, strict=True) if keep),)
     module.graph.eliminate_dead_code()
     module.recompile()
+    return module
 
 
 def _cleaned(proto: onnx.ModelProto, input_names: list[str], output_names: list[str]) -> onnx.ModelProto:

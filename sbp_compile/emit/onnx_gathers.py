@@ -30,11 +30,11 @@ def gather_rows(graph: gs.Graph) -> None:
 def _pays(gather: gs.Node) -> bool:
     """Whether it takes enough columns of a matrix, known beforehand."""
     data, index = gather.inputs
-    if not isinstance(index, gs.Constant) or index.values.ndim != 1 or isinstance(data, gs.Constant):
+    if not isinstance(index, gs.Constant) or len(index.shape) != 1 or isinstance(data, gs.Constant):
         return False
     if data.shape is None or len(data.shape) != 2 or gather.attrs.get("axis", 0) not in {1, -1}:
         return False
-    columns, taken = data.shape[1], index.values.size
+    columns, taken = data.shape[1], index.shape[0]
     return isinstance(columns, int) and taken >= FEWEST_COLUMNS and columns <= MOST_TRANSPOSED * taken
 
 
@@ -43,7 +43,7 @@ def _is_product_of(node: gs.Node, left: gs.Tensor) -> bool:
     if node.op not in {"Gemm", "MatMul"} or node.inputs[0] is not left or node.attrs.get("transA"):
         return False
     right = node.inputs[1]
-    return isinstance(right, gs.Constant) and right.values.ndim == 2
+    return isinstance(right, gs.Constant) and len(right.shape) == 2
 
 
 def _transpose(graph: gs.Graph, gather: gs.Node) -> None:

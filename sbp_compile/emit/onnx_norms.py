@@ -44,7 +44,7 @@ def _by_channel(tensor: gs.Tensor) -> np.ndarray | None:
     """The numbers of a constant of shape (channels, 1, 1) or (1, channels, 1, 1)."""
     if not isinstance(tensor, gs.Constant):
         return None
-    shape = tensor.values.shape
+    shape = tuple(tensor.shape)
     if len(shape) == RANK and shape[0] == 1:
         shape = shape[1:]
     if len(shape) != RANK - 1 or shape[1:] != (1, 1):

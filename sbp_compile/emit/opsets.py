@@ -6,8 +6,6 @@ The first are kept away from it, the second are spelled out. What comes out is c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import onnx
@@ -42,9 +40,7 @@ def lowered(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """Return a model of the exporter's opset in an older one; `UsageError` where ONNX's converter has no way there."""
     if opset < OLDEST:
         raise UsageError(f"opset {opset} cannot express this network; {OLDEST} is the oldest that is written")
-    light = onnx.ModelProto()
-    with without_weights(model) as held:
-        light.CopyFrom(model)
+    light = without_weights(model)
     _weights_as_inputs(light.graph)
     try:
         light = _spelled_out(light, opset)
@@ -61,7 +57,7 @@ def lowered(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
             f"opset {opset} cannot express this network, as far as the ONNX version converter knows; opset "
             f"{EXPORTED} can"
         ) from error
-    _inputs_as_weights(light.graph, held)
+    _inputs_as_weights(light.graph, [tensor for tensor in model.graph.initializer if _is_large(tensor)])
     light.ir_version = model.ir_version
     return light
 
@@ -81,21 +77,38 @@ def opset_of(model: onnx.ModelProto) -> int:
     return next(int(entry.version) for entry in model.opset_import if entry.domain in {"", "ai.onnx"})
 
 
-@contextmanager
-def without_weights(model: onnx.ModelProto) -> Iterator[list[tuple[onnx.TensorProto, bytes]]]:
-    """Take large weights out for a while, and yield them: what is C++ copies the model, and refuses one beyond 2 GB."""
-    held = []
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy with large weights by their names and shapes alone.
+
+    What is C++ copies the model, and refuses one beyond 2 GB; and protobuf gives no memory back of a field that was
+    cleared in place.
+    """
+    light = onnx.ModelProto()
+    _copy_fields(model, light, without="graph")
+    _copy_fields(model.graph, light.graph, without="initializer")
     for tensor in model.graph.initializer:
-        if len(tensor.raw_data) > _LARGEST_READ:
-            held.append((tensor, tensor.raw_data))
-            tensor.ClearField("raw_data")
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-    try:
-        yield held
-    finally:
-        for tensor, content in held:
-            tensor.raw_data = content
-            tensor.ClearField("data_location")
+        copied = light.graph.initializer.add()
+        if _is_large(tensor):
+            _copy_fields(tensor, copied, without="raw_data")
+            copied.data_location = onnx.TensorProto.EXTERNAL
+        else:
+            copied.CopyFrom(tensor)
+    return light
+
+
+def _is_large(tensor: onnx.TensorProto) -> bool:
+    return len(tensor.raw_data) > _LARGEST_READ
+
+
+def _copy_fields(source: Any, target: Any, *, without: str) -> None:
+    for field, value in source.ListFields():
+        if field.name == without:
+            continue
+        held = getattr(target, field.name)
+        if hasattr(held, "MergeFrom"):
+            held.MergeFrom(value)
+        else:
+            setattr(target, field.name, value)
 
 
 def _weights_as_inputs(graph: onnx.GraphProto) -> None:
@@ -110,10 +123,10 @@ def _weights_as_inputs(graph: onnx.GraphProto) -> None:
     _replace(graph.initializer, kept)
 
 
-def _inputs_as_weights(graph: onnx.GraphProto, held: list[tuple[onnx.TensorProto, bytes]]) -> None:
-    names = {tensor.name for tensor, _ in held}
+def _inputs_as_weights(graph: onnx.GraphProto, held: list[onnx.TensorProto]) -> None:
+    names = {tensor.name for tensor in held}
     _replace(graph.input, [entry for entry in graph.input if entry.name not in names])
-    graph.initializer.extend(tensor for tensor, _ in held)
+    graph.initializer.extend(held)
 
 
 def _replace(field: Any, kept: list[Any]) -> None:

@@ -132,8 +132,8 @@ def _weights(program: Program) -> dict[str, tuple[str, int, int]]:
     """Return (operator, output channels, input channels) of each contraction, by name."""
     found = {}
     for node in program.calls():
-        weight = program.constant(node.args[1]) if node.target in SPATIAL_RANK else None
-        if weight is None or weight.ndim < 2:
+        weight = program.held(node.args[1]) if node.target in SPATIAL_RANK else None
+        if weight is None or len(weight.shape) < 2:
             continue
         outputs, inputs = weight.shape[:2]
         if node.target in TRANSPOSED:
@@ -185,7 +185,7 @@ def _explained(name: str, channels: int, kept: int, analyses: Sequence[Analysed]
         target: Any = node.target
         axis = program.infos[node].rank - 1 - SPATIAL_RANK.get(target, 0)
         needed = program.analysis.keep.needed(name, axis)
-        weight = program.constant(node.args[1])
+        weight = program.held(node.args[1])
         if needed is None or weight is None:
             break
         masked = max(masked, channels - needed)

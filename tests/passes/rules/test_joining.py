@@ -58,6 +58,7 @@ ONE_BRANCH = [aten.conv2d.default, aten.relu.default, aten.conv2d.default]
         (lambda a, b: torch.cat([a, b], 1).split([8, 6], 1)[1], 6, ([0, 3], 3, ONE_BRANCH)),
         (lambda a, b: torch.cat([a, b * 0.0], 1), 14, ([5, 0], 5, ONE_BRANCH)),
         (lambda a, b: torch.cat([a, b[:, :0]], 1), 8, ([5, 0], 5, ONE_BRANCH)),
+        (lambda a, b: torch.cat([a, b[:, :0], b], 1), 14, ([5, 3], 8, CAT_OF_TWO)),
     ],
 )
 def test_a_concatenation_joins_what_is_kept_of_the_operands_that_are_read(join, inputs, wanted, dynamic):
