@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tests.fuzz import checks, networks
 from tests.fuzz.networks import Spec, Step
 
-FLOAT64_NETWORKS = 40
+FLOAT64_NETWORKS = 30
 MASKS_EACH = 4
-DRAWN_NETWORKS = 50
-ONNX_NETWORKS = 24
+DRAWN_NETWORKS = 30
+ONNX_NETWORKS = 18
 FLOAT64_CHUNK, ONNX_CHUNK = 10, 6
 LEAST_TESTED = 0.8  # torch refuses some networks with dynamic sizes, all their masks at once
 
