@@ -20,7 +20,7 @@ from passes.affine import affine_chain
 from passes.ir.cost import CostModel, CountingModel
 from passes.ir.pipeline import Note, Result
 from passes.ir.program import Program
-from passes.ir.rewriter import Rewriter
+from passes.ir.rewriter import Rewriter, with_replaced
 from passes.rules.layer import Contraction, contraction_of, emit, label
 
 aten = torch.ops.aten
@@ -50,22 +50,12 @@ class MergeParallel:
         }
         if not found:
             return Result(program, False)
-        rewriter = Rewriter(program)
-        for node in program.graph.nodes:
-            if node.op == "placeholder":
-                rewriter.placeholder(node)
-            elif node in found:
-                this = found[node].this
-                rewriter.env[node] = emit(this, rewriter, found[node].weight, found[node].bias, this.groups)
-                _carry(rewriter.env[node], node)
-            elif node.op == "call_function":
-                rewriter.env[node] = rewriter.copy(node)
-        rewriter.output()
+        merged_program = with_replaced(program, lambda rewriter, node: _emit(rewriter, node, found.get(node)))
         notes = tuple(
             Note(label(merged.this.op.node), f"is one layer with {label(merged.other)}, which is added to it")
             for merged in found.values()
         )
-        return Result(rewriter.finish(), True, notes)
+        return Result(merged_program, True, notes)
 
     def _merged(self, program: Program, node: fx.Node) -> Merged | None:
         if node.target is not aten.add.Tensor or node not in program.infos:
@@ -97,11 +87,15 @@ def _work(weight: Tensor, groups: int) -> int:
     return int(rows.sum()) * int(columns.sum()) // groups * weight[0, 0].numel()
 
 
-def _carry(new: fx.Node, node: fx.Node) -> None:
-    """The new call holds the original value of the sum."""
+def _emit(rewriter: Rewriter, node: fx.Node, merged: Merged | None) -> fx.Node | None:
+    """The layer in the place of the sum, whose original value it holds."""
+    if merged is None:
+        return None
+    new = emit(merged.this, rewriter, merged.weight, merged.bias, merged.this.groups)
     new.meta.pop("origin", None)
     if "origin" in node.meta:
         new.meta["origin"] = node.meta["origin"]
+    return new
 
 
 def _layer(program: Program, node: fx.Node) -> Contraction | None:
@@ -114,19 +108,15 @@ def _with_layer(this: Contraction, other: Contraction | None) -> Merged | None:
     """Both layers as one, in the kernel of the first."""
     if other is None or other.x is not this.x or other.op.target is not this.op.target:
         return None
-    alike = (
-        other.groups == this.groups
-        and other.weight.dtype == this.weight.dtype
-        and other.op.out == this.op.out
-    )
+    alike = other.groups == this.groups and other.dtype == this.dtype and other.op.out == this.op.out
     if not alike or (this.spatial_rank and other.per_spatial("stride") != this.per_spatial("stride")):
         return None
     places = _places(this, other)
     if places is None:
         return None
-    weight = this.weight.clone()
+    weight, added = this.own_weight(), other.weight
     for tap, place in places:
-        _at(weight, place).add_(_at(other.weight, tap))
+        _at(weight, place).add_(_at(added, tap))
     biases = [bias for bias in (this.bias, other.bias) if bias is not None]
     work = sum(_work(layer.weight, layer.groups) for layer in (this, other))
     return Merged(this, other.op.node, weight, sum(biases[1:], biases[0]) if biases else None, work)
@@ -178,7 +168,7 @@ def _with_scale(program: Program, this: Contraction, addend: fx.Node) -> Merged 
     if place is None:
         return None
     channels = torch.arange(this.out_channels)
-    weight = this.weight.clone()
+    weight = this.own_weight()
     _at(weight, place)[channels, channels % this.in_per_group] += joint.scale
     bias = this.bias
     if joint.has_shift:

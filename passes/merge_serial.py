@@ -10,13 +10,14 @@ where the second pads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, fx
 
 from passes.ir.pipeline import Note, Result
 from passes.ir.program import Program
-from passes.ir.rewriter import Rewriter
+from passes.ir.rewriter import Rewriter, with_replaced
 from passes.rules.layer import Contraction, contraction_of, emit, label
 
 
@@ -47,22 +48,19 @@ class MergeSerial:
                     found[node] = product
         if not found:
             return Result(program, False)
-        rewriter = Rewriter(program)
-        for node in program.graph.nodes:
-            if node.op == "placeholder":
-                rewriter.placeholder(node)
-            elif node in found:
-                one = found[node]
-                x = rewriter.value(one.x)
-                rewriter.env[node] = emit(one.like, rewriter, one.weight, one.bias, 1, x=x, like=node)
-            elif node.op == "call_function":
-                rewriter.env[node] = rewriter.copy(node)
-        rewriter.output()
+        merged = with_replaced(program, lambda rewriter, node: _emit(rewriter, node, found.get(node)))
         notes = tuple(
             Note(label(node), f"is one layer with {label(program.op(node).operands[0])}, in front of it")
             for node in found
         )
-        return Result(rewriter.finish(), True, notes)
+        return Result(merged, True, notes)
+
+
+def _emit(rewriter: Rewriter, node: fx.Node, one: Product | None) -> fx.Node | None:
+    """The layer in the place of the second."""
+    if one is None:
+        return None
+    return emit(one.like, rewriter, one.weight, one.bias, 1, x=rewriter.value(one.x), like=node)
 
 
 def _layer(program: Program, node: fx.Node) -> Contraction | None:
@@ -72,22 +70,28 @@ def _layer(program: Program, node: fx.Node) -> Contraction | None:
 
 def _product(first: Contraction, second: Contraction) -> Product | None:
     """Both as one where that is less work."""
-    if first.spatial_rank != second.spatial_rank or first.weight.dtype != second.weight.dtype:
+    if first.spatial_rank != second.spatial_rank or first.dtype != second.dtype:
         return None
-    if _is_pointwise(second):
-        like, weight = first, torch.einsum("om,mi...->oi...", second.weight.flatten(1), first.weight)
-    elif _is_pointwise(first):
-        like, weight = second, torch.einsum("om...,mi->oi...", second.weight, first.weight.flatten(1))
-    else:
+    if not (_is_pointwise(first) or _is_pointwise(second)):
+        return None
+    like = first if _is_pointwise(second) else second
+    before = sum(_size(this) * this.positions for this in (first, second))
+    if second.out_channels * first.in_channels * prod(like.kernel) * like.positions >= before:
         return None
     moved = None if first.bias is None else second.of_constant(first.bias)
     if first.bias is not None and moved is None:
         return None
-    before = sum(this.weight.numel() * this.positions for this in (first, second))
-    if weight.numel() * like.positions >= before:
-        return None
+    if like is first:
+        weight = torch.einsum("om,mi...->oi...", second.weight.flatten(1), first.weight)
+    else:
+        weight = torch.einsum("om...,mi->oi...", second.weight, first.weight.flatten(1))
     biases = [bias for bias in (moved, second.bias) if bias is not None]
     return Product(like, first.x, weight, sum(biases[1:], biases[0]) if biases else None)
+
+
+def _size(this: Contraction) -> int:
+    """Entries of the weight."""
+    return this.out_channels * this.in_channels * prod(this.kernel)
 
 
 def _is_pointwise(this: Contraction) -> bool:
@@ -96,4 +100,4 @@ def _is_pointwise(this: Contraction) -> bool:
         return True
     plain = not any(this.per_spatial("padding")) and set(this.per_spatial("stride")) == {1}
     added = this.is_transposed and any(this.per_spatial("output_padding"))
-    return plain and not added and this.weight[0, 0].numel() == 1
+    return plain and not added and prod(this.kernel) == 1

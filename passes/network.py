@@ -141,9 +141,7 @@ def _may_be_blocked(program: Program, images: Mapping[fx.Node, int], hopeful: bo
     found = set(images)
     for node in program.calls():
         operands = [
-            operand
-            for operand in node.all_input_nodes
-            if not (hopeful and program.constant(operand) is not None)
+            operand for operand in node.all_input_nodes if not (hopeful and program.held(operand) is not None)
         ]
         if node.target in ANY_LAYOUT and all(operand in found for operand in operands):
             found.add(node)

@@ -196,6 +196,18 @@ class Rewriter:
         )
 
 
+def with_replaced(program: Program, made: Callable[[Rewriter, fx.Node], fx.Node | None]) -> Program:
+    """The Program with some calls replaced: by what `made` gives, or copied where that is None."""
+    rewriter = Rewriter(program)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            rewriter.placeholder(node)
+        elif node.op == "call_function":
+            rewriter.env[node] = made(rewriter, node) or rewriter.copy(node)
+    rewriter.output()
+    return rewriter.finish()
+
+
 def remove_unused(graph: fx.Graph) -> None:
     """Erase every call and constant without a user, in place; all of the dialect's calls are pure."""
     for node in reversed(list(graph.nodes)):

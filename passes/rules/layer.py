@@ -101,6 +101,11 @@ class Contraction:
         """(out, in / groups, *kernel); widened anew each time where it is held narrow."""
         return self._by_rows(self._held.read()) if self._rows is None else self._rows
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight, without reading it."""
+        return self._held.dtype
+
     def own_weight(self) -> Tensor:
         """The same in memory of its own, to write into."""
         return self.weight if self._rows is None else self._rows.clone()
