@@ -209,10 +209,11 @@ class Widths:
 
     def questions(self) -> Iterator[Question]:
         """Every layer at all the widths that its couplings may get."""
-        for layer, x, y in self.network.layers:
-            outputs = self._options(y)
-            for width in self._options(x):
-                yield from ((layer, width, other) for other in ((width,) if x == y else outputs))
+        for part in self.network.layers:
+            outputs = self._options(part.y)
+            for width in self._options(part.x):
+                others = (width,) if part.x == part.y else outputs
+                yield from ((part.layer, width, other) for other in others)
 
     def _options(self, coupling: Coupling) -> list[int]:
         """The widths that a coupling may get, alone or with the parts that are concatenated to it."""

@@ -1,7 +1,8 @@
-"""A Program as layers and the ways between them: what a target's estimate of the whole network is made of.
+"""A Program as parts and the ways between them: what a target's estimate of the whole network is made of.
 
-A layer takes its channels packed in blocks or as they lie, and gives them so. On a way between two layers that do not
-agree, and between a layer and anything else, the values have to be moved.
+A part (a layer, a pool, a concatenation) takes its channels packed in blocks or as they lie, and gives them so. On a
+way between two parts that do not agree, and between a part and anything else, the values have to be moved. What
+onnxruntime 1.32 packs, and what it does along with a layer, was read from the graphs that it makes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import fx
@@ -16,6 +18,7 @@ from torch import fx
 from passes.ir.program import Program
 from passes.rules import rule_for
 from passes.rules.contraction import ContractionRule
+from passes.rules.joining import joined_axis
 from passes.rules.layer import Contraction, describe
 from passes.targets import Layer, Target
 
@@ -25,32 +28,107 @@ Coupling = tuple[str, int]
 Width = Callable[[Coupling], int]
 Named = Callable[[fx.Node, int], Coupling]
 Touched = tuple[list[int], list[int]]
-"""Numbers of layers and of ways."""
+"""Numbers of parts and of ways."""
 
-ANY_LAYOUT = frozenset(
+ACTIVATIONS = frozenset(
     {
         aten.relu.default,
         aten.sigmoid.default,
         aten.tanh.default,
         aten.hardtanh.default,
         aten.clamp.default,
-        aten.max_pool2d.default,
-        aten.avg_pool2d.default,
-        aten.adaptive_avg_pool2d.default,
-        aten.add.Tensor,
+        aten.hardsigmoid.default,
+        aten.hardswish.default,
+        aten.leaky_relu.default,
     }
 )
-"""What onnxruntime runs on packed channels as well as on plain ones."""
-ACTIVATIONS = frozenset(
-    {aten.relu.default, aten.sigmoid.default, aten.tanh.default, aten.hardtanh.default, aten.clamp.default}
-)
 """What onnxruntime does along with the layer in front."""
+COMBINING = frozenset({aten.add.Tensor, aten.mul.Tensor})
+ANY_LAYOUT = (
+    ACTIVATIONS
+    | COMBINING
+    | {aten.gelu.default, aten.silu.default, aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default}
+)
+"""What onnxruntime runs on packed channels as well as on plain ones."""
+ALONG = ACTIVATIONS | {aten.add.Tensor}
+WINDOWS = frozenset({aten.max_pool2d.default, aten.avg_pool2d.default})
 VIEWS = frozenset({aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim})
+
+
+class Part(Protocol):
+    """What takes and gives channels of images."""
+
+    @property
+    def couplings(self) -> tuple[Coupling, ...]: ...
+
+    def seconds(self, target: Target, width: Width) -> float:
+        """The target's estimate for one example."""
+
+    def packed(self, target: Target, width: Width) -> tuple[bool, bool]:
+        """Whether it takes, and whether it gives, channels packed in blocks."""
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """A layer with the couplings of its input and of its output channels."""
+
+    layer: Layer
+    x: Coupling
+    y: Coupling
+
+    @property
+    def couplings(self) -> tuple[Coupling, ...]:
+        return self.x, self.y
+
+    def seconds(self, target: Target, width: Width) -> float:
+        return target.seconds(self.layer, width(self.x), width(self.y))
+
+    def packed(self, target: Target, width: Width) -> tuple[bool, bool]:
+        return target.packed(self.layer, width(self.x), width(self.y))
+
+
+@dataclass(frozen=True)
+class PoolPart:
+    """A pool: `taps` entries of each channel at each of `positions`."""
+
+    channels: Coupling
+    taps: int
+    positions: int
+
+    @property
+    def couplings(self) -> tuple[Coupling, ...]:
+        return (self.channels,)
+
+    def seconds(self, target: Target, width: Width) -> float:
+        return target.pooling(width(self.channels), self.taps, self.positions)
+
+    def packed(self, target: Target, width: Width) -> tuple[bool, bool]:
+        fits = target.is_whole(width(self.channels))
+        return fits, fits
+
+
+@dataclass(frozen=True)
+class JoinedPart:
+    """A concatenation of channels."""
+
+    parts: tuple[Coupling, ...]
+    positions: int
+
+    @property
+    def couplings(self) -> tuple[Coupling, ...]:
+        return self.parts
+
+    def seconds(self, target: Target, width: Width) -> float:
+        return target.passing(sum(map(width, self.parts)) * self.positions)
+
+    def packed(self, target: Target, width: Width) -> tuple[bool, bool]:
+        fits = all(target.is_whole(width(part)) for part in self.parts)
+        return fits, fits
 
 
 @dataclass(frozen=True)
 class Way:
-    """From one layer to another; None: from or to anything else. `positions`: of one example."""
+    """From one part to another; None: from or to anything else. `positions`: of one example."""
 
     giver: int | None
     taker: int | None
@@ -59,39 +137,40 @@ class Way:
 
 
 class Network:
-    """Layers with the couplings of their input and output channels, the ways between them, and everything else.
+    """Parts, the ways between them, and everything else.
 
-    `passed`: the entries, for one example, of each call that is no layer and that none does along.
+    `passed`: the entries, for one example, of each call that is no part and that no layer does along.
     """
 
-    def __init__(
-        self, layers: list[tuple[Layer, Coupling, Coupling]], ways: list[Way], passed: Sequence[int] = ()
-    ) -> None:
-        self.layers = layers
+    def __init__(self, parts: Sequence[Part], ways: Sequence[Way], passed: Sequence[int] = ()) -> None:
+        self.parts = parts
         self.ways = ways
         self.passed = passed
-        self._layers_at: dict[Coupling, list[int]] = {}
+        self._parts_at: dict[Coupling, list[int]] = {}
         self._ways_of: dict[int | None, list[int]] = {}
-        for number, (_, x, y) in enumerate(layers):
-            for coupling in {x, y}:
-                self._layers_at.setdefault(coupling, []).append(number)
+        for number, part in enumerate(parts):
+            for coupling in set(part.couplings):
+                self._parts_at.setdefault(coupling, []).append(number)
         for number, way in enumerate(ways):
-            for layer in {way.giver, way.taker}:
-                self._ways_of.setdefault(layer, []).append(number)
+            for end in {way.giver, way.taker}:
+                self._ways_of.setdefault(end, []).append(number)
+
+    @property
+    def layers(self) -> Iterator[LayerPart]:
+        """The parts that are layers."""
+        return (part for part in self.parts if isinstance(part, LayerPart))
 
     def touched(self, couplings: Iterable[Coupling]) -> Touched:
-        """The layers at these couplings and the ways from and to them."""
-        layers = {number for coupling in couplings for number in self._layers_at.get(coupling, ())}
-        ways = {number for layer in layers for number in self._ways_of.get(layer, ())}
-        return sorted(layers), sorted(ways)
+        """The parts at these couplings and the ways from and to them."""
+        parts = {number for coupling in couplings for number in self._parts_at.get(coupling, ())}
+        ways = {number for part in parts for number in self._ways_of.get(part, ())}
+        return sorted(parts), sorted(ways)
 
     def seconds(self, target: Target, width: Width, touched: Touched | None = None) -> float:
         """The target's estimate for one example, of everything or of a part."""
-        layers, ways = touched or (range(len(self.layers)), range(len(self.ways)))
+        parts, ways = touched or (range(len(self.parts)), range(len(self.ways)))
         total = 0.0 if touched else sum(map(target.passing, self.passed))
-        for number in layers:
-            layer, x, y = self.layers[number]
-            total += target.seconds(layer, width(x), width(y))
+        total += sum(self.parts[number].seconds(target, width) for number in parts)
         for way in map(self.ways.__getitem__, ways):
             gives, takes = self._packed(target, width, way.giver), self._packed(target, width, way.taker)
             if gives[1] != takes[0]:
@@ -99,10 +178,7 @@ class Network:
         return total
 
     def _packed(self, target: Target, width: Width, number: int | None) -> tuple[bool, bool]:
-        if number is None:
-            return False, False
-        layer, x, y = self.layers[number]
-        return target.packed(layer, width(x), width(y))
+        return (False, False) if number is None else self.parts[number].packed(target, width)
 
 
 def layers(program: Program) -> Iterator[Contraction]:
@@ -114,38 +190,62 @@ def layers(program: Program) -> Iterator[Contraction]:
 
 
 def network_of(program: Program, coupling: Named, hopeful: bool = False) -> Network:
-    """The layers of a Program, the ways from and to its convolutions of images, and what else it does with entries.
+    """The parts of a Program, the ways from and to those of images, and what else it does with entries.
 
     `hopeful`: constants that are added count as if they were not there, since wider channels may stand for them.
     """
-    found: list[tuple[Layer, Coupling, Coupling]] = []
+    found: list[Part] = []
     images: dict[fx.Node, int] = {}
-    described = list(layers(program))
-    for this in described:
-        layer = Layer.of(this)
-        if layer.is_of_images:
-            images[this.op.node] = len(found)
-        found.append((layer, coupling(this.x, this.axis), coupling(this.op.node, this.axis)))
-    blocked = _may_be_blocked(program, images, hopeful)
-    ways = [
-        way for this in described if this.op.node in images for way in _ways(this, images, blocked, coupling)
-    ]
-    free = blocked | {this.op.node for this in described}
+    blocked: set[fx.Node] = set()
+    ways: list[Way] = []
+    described = {this.op.node: this for this in layers(program)}
+    for node in program.calls():
+        this = described.get(node)
+        part = _part(program, node, this, blocked, coupling)
+        if part is not None:
+            if this is None or Layer.of(this).is_of_images:
+                images[node] = len(found)
+                blocked.add(node)
+            found.append(part)
+        elif _takes_any_layout(program, node, blocked, hopeful):
+            blocked.add(node)
+    for node, number in images.items():
+        ways += _ways(program, node, number, images, blocked, coupling)
+    free = {node for node in blocked if node.target in ALONG} | images.keys() | described.keys()
     return Network(
         found, ways, [_entries(program, node) for node in program.calls() if _moves(program, node, free)]
     )
 
 
-def _may_be_blocked(program: Program, images: Mapping[fx.Node, int], hopeful: bool) -> set[fx.Node]:
-    """Results of convolutions of images, and of operators that take any layout of them alone."""
-    found = set(images)
-    for node in program.calls():
-        operands = [
-            operand for operand in node.all_input_nodes if not (hopeful and program.held(operand) is not None)
-        ]
-        if node.target in ANY_LAYOUT and all(operand in found for operand in operands):
-            found.add(node)
-    return found
+def _part(
+    program: Program, node: fx.Node, this: Contraction | None, blocked: set[fx.Node], coupling: Named
+) -> Part | None:
+    if this is not None:
+        return LayerPart(Layer.of(this), coupling(this.x, this.axis), coupling(node, this.axis))
+    info = program.infos.get(node)
+    if info is None or info.rank != 4:
+        return None
+    op, positions = program.op(node), prod(info.sizes[2:])
+    if node.target in WINDOWS:
+        kernel = op.args["kernel_size"]
+        return PoolPart(coupling(node, 1), prod(kernel) ** (3 - len(kernel)), positions)
+    if node.target is aten.adaptive_avg_pool2d.default and positions > 1:
+        return PoolPart(coupling(node, 1), prod(op.info_of(op.operands[0]).sizes[2:]) // positions, positions)
+    if node.target is aten.cat.default and joined_axis(op) == 1 and blocked.issuperset(op.operands):
+        return JoinedPart(tuple(coupling(operand, 1) for operand in op.operands), positions)
+    return None
+
+
+def _takes_any_layout(program: Program, node: fx.Node, blocked: set[fx.Node], hopeful: bool) -> bool:
+    """Whether a call is one that packed channels go through, and all its operands may be packed."""
+    if node.target not in ANY_LAYOUT:
+        return False
+    operands = [operand for operand in node.all_input_nodes if program.held(operand) is None]
+    if not blocked.issuperset(operands) or (len(operands) < len(node.all_input_nodes) and not hopeful):
+        return False
+    return node.target not in COMBINING or all(
+        program.infos[operand].has_shape_of(program.infos[node]) for operand in operands
+    )
 
 
 def _moves(program: Program, node: fx.Node, free: set[fx.Node]) -> bool:
@@ -162,20 +262,31 @@ def _entries(program: Program, node: fx.Node) -> int:
 
 
 def _ways(
-    this: Contraction, images: Mapping[fx.Node, int], blocked: set[fx.Node], coupling: Named
+    program: Program,
+    node: fx.Node,
+    number: int,
+    images: Mapping[fx.Node, int],
+    blocked: set[fx.Node],
+    coupling: Named,
 ) -> Iterator[Way]:
-    """The way into a layer, and the one out of it to anything that is no such layer."""
-    node = this.op.node
-    before, after = (prod(info.sizes[axis] for axis in this.spatial) for info in (this.info, this.op.out))
-    yield Way(images.get(_source(this.x, blocked)), images[node], coupling(this.x, this.axis), before)
+    """The ways into a part of images, and the one out of it to anything that is none."""
+    first = node.args[0]
+    for operand in (first,) if isinstance(first, fx.Node) else program.op(node).operands:
+        giver = images.get(_source(operand, blocked))
+        yield Way(giver, number, *_channels_and_positions(program, operand, coupling))
     if not all(_is_read_by(user, images, blocked) for user in node.users):
-        yield Way(images[node], None, coupling(node, this.axis), after)
+        yield Way(number, None, *_channels_and_positions(program, node, coupling))
+
+
+def _channels_and_positions(program: Program, node: fx.Node, coupling: Named) -> tuple[Coupling, int]:
+    info = program.infos[node]
+    return coupling(node, info.rank - 3), prod(info.sizes[-2:])
 
 
 def _source(node: fx.Node, blocked: set[fx.Node]) -> fx.Node:
     """Where a value comes from, up to operators that take any layout."""
     while node in blocked and node.target in ANY_LAYOUT:
-        node = node.all_input_nodes[0]
+        node = next(operand for operand in node.all_input_nodes if operand in blocked)
     return node
 
 

@@ -71,6 +71,12 @@ class Target(Protocol):
     def passing(self, entries: int) -> float:
         """How long a call takes that only reads and writes so many entries, in seconds."""
 
+    def is_whole(self, channels: int) -> bool:
+        """Whether so many channels fill their blocks, which pools and concatenations ask for to stay packed."""
+
+    def pooling(self, channels: int, taps: int, positions: int) -> float:
+        """How long a pool of `taps` entries at each of so many positions takes, for one example, in seconds."""
+
     def widths(self, channels: int) -> tuple[int, ...]:
         """The next widths above `channels` that may be faster."""
 
@@ -82,7 +88,8 @@ class BlockedConvolutions:
     `per_mac`: of a multiply-add; `per_column_entry`, `per_layout`: of an entry of the columns, and of laying them out
     at all, for kernels of more than one tap; `per_point`: of an entry where there is nothing to lay out;
     `per_moved`: of an entry that is packed or unpacked; `per_call`, `per_passed`: of anything but layers, and of an
-    entry there;
+    entry there; `per_pooled`, `per_tap`: of an entry of a pool's result and of an entry that it reads, `_block` where
+    channels fill their blocks;
     `per_depthwise`, `per_unblocked_depthwise`, `per_unblocked_channel`: of depthwise layers.
     """
 
@@ -96,6 +103,10 @@ class BlockedConvolutions:
     per_moved: float = 750.0
     per_call: float = 600e3
     per_passed: float = 250.0
+    per_pooled: float = 300.0
+    per_tap: float = 130.0
+    per_pooled_block: float = 60.0
+    per_tap_block: float = 35.0
     per_depthwise: float = 55.0
     per_unblocked_depthwise: float = 200.0
     per_unblocked_channel: float = 260e3
@@ -133,6 +144,17 @@ class BlockedConvolutions:
     def passing(self, entries: int) -> float:
         return (self.per_call + self.per_passed * entries) * PICOSECOND
 
+    def is_whole(self, channels: int) -> bool:
+        return channels % self.block == 0
+
+    def pooling(self, channels: int, taps: int, positions: int) -> float:
+        per_entry, per_tap = (
+            (self.per_pooled_block, self.per_tap_block)
+            if self.is_whole(channels)
+            else (self.per_pooled, self.per_tap)
+        )
+        return (self.per_call + (per_entry + per_tap * taps) * channels * positions) * PICOSECOND
+
     def _layout(self, layer: Layer, entries: int) -> float:
         if layer.taps == 1:
             return self.per_point * entries
@@ -165,6 +187,12 @@ class Multiples:
         return 0.0
 
     def passing(self, entries: int) -> float:
+        return 0.0
+
+    def is_whole(self, channels: int) -> bool:
+        return False
+
+    def pooling(self, channels: int, taps: int, positions: int) -> float:
         return 0.0
 
     def widths(self, channels: int) -> tuple[int, ...]:

@@ -12,7 +12,10 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the output file to the parser."""
     group = parser.add_argument_group("output file")
     group.add_argument(
-        "--opset", type=_opset, metavar="N", help="opset of an .onnx file (20; of an ONNX model its own)"
+        "--opset",
+        type=_opset,
+        metavar="N",
+        help="opset of an .onnx file (20, or 18 with average pools; of an ONNX model its own)",
     )
     group.add_argument(
         "--external-data",

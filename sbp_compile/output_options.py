@@ -18,10 +18,10 @@ SUFFIXES = (ONNX, EXPORTED, *TORCHSCRIPT, WEIGHTS)
 class OutputOptions:
     """How a network is written.
 
-    `opset`: of an ONNX file (None: 20). `external_data`: weights of an ONNX file in a second file, whatever their
-    size. `fp16`: weights and computation in half precision; inputs and outputs as in the original. `fp16_io`: inputs
-    and outputs in half precision, too. `int8`: an .npz file with example inputs (and `labels`), for an ONNX file in
-    8 bits that is calibrated on them.
+    `opset`: of an ONNX file (None: 20, or 18 with average pools). `external_data`: weights of an ONNX file in a second
+    file, whatever their size. `fp16`: weights and computation in half precision; inputs and outputs as in the original.
+    `fp16_io`: inputs and outputs in half precision, too. `int8`: an .npz file with example inputs (and `labels`), for
+    an ONNX file in 8 bits that is calibrated on them.
     """
 
     opset: int | None = None

@@ -117,8 +117,8 @@ def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if value.is_complex():
         dtype = complex_dtype(dtype)
     elif not value.is_floating_point():
-        return value.clone()
-    rounded = value.to(dtype, copy=True)
+        return _laid_out(value, value.dtype)
+    rounded = _laid_out(value, dtype)
     overflown = int((torch.isinf(rounded) & torch.isfinite(value)).sum())
     if overflown:
         raise UnsupportedModelError(
@@ -130,6 +130,15 @@ def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32 and bool((rounded.abs() >= SMALLEST_LARGEST).any()):
         rounded[rounded.abs() < SMALLEST_NORMAL] = 0.0
     return nn.Parameter(rounded)
+
+
+def _laid_out(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in the standard order of entries.
+
+    Weights with other strides, as slices and permutations leave them, make torch lay out the values behind them in
+    another order as well, and the exporters write calls for that.
+    """
+    return torch.empty(value.shape, dtype=dtype).copy_(value)
 
 
 def _emission_graph(

@@ -30,7 +30,17 @@ from sbp_compile.emit.opsets import EXPORTED, lowered, nearest, opset_of, withou
 from sbp_compile.errors import UnsupportedModelError, UsageError
 from sbp_compile.output_options import OPSET
 
+aten = torch.ops.aten
+
 LARGEST_EMBEDDED = 2_000_000_000
+AVERAGE_POOLS = frozenset({aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default})
+ADAPTIVE_AVERAGE_POOLS = frozenset(
+    {
+        aten.adaptive_avg_pool1d.default,
+        aten.adaptive_avg_pool2d.default,
+        aten.adaptive_avg_pool3d.default,
+    }
+)
 
 
 def onnx_model(
@@ -44,15 +54,16 @@ def onnx_model(
 ) -> onnx.ModelProto:
     """Return the ONNX model of a Program, rounded to `dtype` (its own); outputs without a name are left out.
 
-    `opset`: as old as it may be, 20 if not given. `interface`: of the ONNX file that the network came from: its texts
-    are kept, and its opset, or the next one in which the network can be written. Dimensions are named as the user has
-    named them, else `batch` for the leading dynamic axis and `<input>_<axis>` for the others.
+    `opset`: as old as it may be; if not given 20, or 18 where windows are averaged. `interface`: of the ONNX file that
+    the network came from: its texts are kept, and its opset, or the next one in which the network can be written.
+    Dimensions are named as the user has named them, else `batch` for the leading dynamic axis and `<input>_<axis>` for
+    the others.
     Raises UnsupportedModelError where torch's exporter has no translation of an operator, and UsageError where the
     network cannot be written in that opset.
     """
-    wanted = OPSET if opset is None else opset
-    if opset is None and interface is not None:
-        wanted = interface.opset
+    wanted = opset
+    if wanted is None:
+        wanted = (EXPORTED if _averages(program) else OPSET) if interface is None else interface.opset
     names = [name for name in output_names if name is not None]
     proto = _export(program, _emitted(program, output_names, dtype), len(names), max(wanted, EXPORTED))
     program.constants.free_dropped()  # modules and exported programs
@@ -66,6 +77,15 @@ def onnx_model(
     model.graph.value_info.extend(_inferred(model))
     _describe(model, metadata, interface)
     return model
+
+
+def _averages(program: Program) -> bool:
+    """Whether windows are averaged: onnxruntime's kernel for AveragePool from opset 19 on is five times slower."""
+    return any(
+        node.target in AVERAGE_POOLS
+        or (node.target in ADAPTIVE_AVERAGE_POOLS and set(program.op(node).args["output_size"]) != {1})
+        for node in program.calls()
+    )
 
 
 def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:

@@ -82,6 +82,14 @@ class Measured:
         """As the table says."""
         return 0.0 if self.table is None else self.table.passing(entries)
 
+    def is_whole(self, channels: int) -> bool:
+        """As the table says."""
+        return self.table is not None and self.table.is_whole(channels)
+
+    def pooling(self, channels: int, taps: int, positions: int) -> float:
+        """As the table says."""
+        return 0.0 if self.table is None else self.table.pooling(channels, taps, positions)
+
     def widths(self, channels: int) -> tuple[int, ...]:
         """The table's, and the next multiples of 4, 8 and 16."""
         steps = {-(-channels // step) * step for step in ALIGNMENTS}

@@ -206,6 +206,38 @@ def test_the_opset_can_be_chosen(opset: int, tmp_path: Path) -> None:
     assert [entry.version for entry in onnx.load(tmp_path / "small.onnx").opset_import] == [opset]
 
 
+@pytest.mark.parametrize(("average", "opset"), [(nn.AvgPool2d(2), 18), (nn.AdaptiveAvgPool2d(1), 20)])
+def test_windows_are_averaged_in_the_opset_with_the_fast_kernel(
+    average: nn.Module, opset: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Conv2d(3, 4, 1), average).eval(), torch.randn(2, 3, 8, 8)
+    compiled = sbp_compile.compile(module, x)
+    for wanted, options in ((opset, {}), (21, {"opset": 21})):
+        compiled.save(tmp_path / "small.onnx", **options)
+        assert [entry.version for entry in onnx.load(tmp_path / "small.onnx").opset_import] == [wanted]
+
+
+class SqueezeExcite(nn.Module):
+    """A layer whose channels are scaled by what is computed of their averages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gate = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y * torch.sigmoid(self.gate(nn.functional.adaptive_avg_pool2d(y, 1)))
+
+
+def test_weights_in_another_order_of_memory_leave_no_calls_behind(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module: nn.Module = SqueezeExcite().eval().to(memory_format=torch.channels_last)
+    sbp_compile.compile(module, torch.randn(2, 3, 8, 8)).save(tmp_path / "small.onnx")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "small.onnx").graph.node]
+    assert kinds == ["Conv", "ReduceMean", "Conv", "Sigmoid", "Mul"]
+
+
 @pytest.mark.parametrize("opset", [9, 99])
 def test_an_opset_that_the_converter_does_not_reach_is_refused(opset: int, tmp_path: Path) -> None:
     compiled = sbp_compile.compile(Large(), torch.randn(4, 32))

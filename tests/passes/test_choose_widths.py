@@ -179,6 +179,53 @@ def test_the_table_says_what_was_measured():
     assert AVX512.seconds(layer, 20, 20) == AVX512.seconds(layer, 32, 32)
 
 
+def test_channels_in_front_of_a_pool_fill_their_blocks():
+    pooled = chain((64, 64), (20, 40), kernel=1, shift=0.0)
+    pooled.insert(3, nn.MaxPool2d(3, padding=1, stride=1))
+    program, small = compiled(pooled, images(56))
+    assert widths(small)[0] == (3, 32)
+    assert_same(program, small)
+    plain = chain((64, 64), (20, 40), kernel=1, shift=0.0)
+    assert widths(compiled(plain, images(56))[1])[0] == (3, 20)
+
+
+def test_an_average_over_everything_asks_for_no_blocks():
+    averaged = chain((64,), (20,), kernel=1, shift=0.0)
+    averaged.insert(3, nn.AdaptiveAvgPool2d(1))
+    program, small = compiled(averaged, images(56))
+    assert widths(small)[0] == (3, 20)
+    assert_same(program, small)
+
+
+class Branches(nn.Module):
+    """Two layers side by side, concatenated or added, and something that is done to each before."""
+
+    def __init__(self, before: nn.Module, *, added: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        kept = (20, 20) if added else (32, 28)
+        self.left, self.right = (nn.Sequential(nn.Conv2d(3, 64, 1), Mask(64, n), before) for n in kept)
+        self.last = nn.Conv2d(64 if added else 128, 16, 1)
+        self.added = added
+
+    def forward(self, x):
+        parts = self.left(x), self.right(x)
+        return self.last(sum(parts) if self.added else torch.cat(parts, 1))
+
+
+def test_what_is_concatenated_fills_its_blocks_where_little_is_missing():
+    program, small = compiled(Branches(nn.ReLU()).double(), images(56))
+    assert widths(small) == [(3, 32), (3, 32), (64, 16)]
+    assert_same(program, small)
+
+
+@pytest.mark.parametrize("activation", [nn.Hardswish(), nn.SiLU(), nn.GELU(), nn.LeakyReLU()])
+def test_activations_that_run_on_packed_channels_count_no_unpacking(activation):
+    _, small = compiled(Branches(activation, added=True).double(), images(14), target=None)
+    _, unpacked = compiled(Branches(nn.ELU(), added=True).double(), images(14), target=None)
+    assert seconds(small, AVX512) < seconds(unpacked, AVX512)
+
+
 class Uneven(nn.Module):
     """Depthwise layers with padding behind channels that all hold other constants."""
 
