@@ -94,7 +94,7 @@ def test_masked_columns_of_the_values_go_and_their_constants_reach_the_output(ki
 @WAYS
 @pytest.mark.parametrize("bias", [False, True])
 def test_masked_columns_of_the_keys_go_from_queries_and_keys(kind, bias):
-    found = shapes(kind(key=width_mask(0, 3), bias=bias), torch.randn(2, LENGTH, MODEL))
+    found = shapes(kind(key=width_mask(1, 3), bias=bias), torch.randn(2, LENGTH, MODEL))
     assert found["q.weight"] == found["k.weight"] == (8, MODEL)
     assert found["v.weight"] == (MODEL, MODEL)
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from passes.ir.lattice import Facts
+from tests.passes.rules.between import LIVE, Between, kept_by
 from tests.passes.rules.laws import Case, X, call
 
 aten = torch.ops.aten
@@ -46,3 +47,12 @@ def test_a_number_that_is_not_zero_is_true_in_a_logical_disjunction():
 def test_a_choice_between_equal_constants_is_known_whatever_the_condition():
     yes, no = (torch.tensor(value, dtype=torch.float64) for value in ([1.0, 2.0], [1.0, 3.0]))
     assert known_of(aten.where.self, X((2,), torch.bool), yes, no) == [1.0, None]
+
+
+def test_channels_go_through_slopes_of_their_own_and_a_shared_one():
+    slopes = {"own": torch.linspace(-0.5, 2.0, 6), "shared": torch.tensor([0.3])}
+    parts = {
+        name: Between(lambda x, slope=slope: torch.prelu(x - 1, slope.to(x.dtype)))
+        for name, slope in slopes.items()
+    }
+    assert kept_by(parts, 4, 4) == dict.fromkeys(slopes, LIVE)

@@ -24,6 +24,7 @@ def test_masked_channels_go_through_pooling(rank):
 def test_a_constant_channel_stays_flat(dynamic):
     pools = {
         "max": lambda x: F.max_pool2d(x, 3, 2, 1),
+        "max as wide as its dilation": lambda x: F.max_pool2d(x[:, :, :2], (2, 1), 1, (1, 0), (2, 1)),
         "max dilated": lambda x: F.max_pool2d(x, (3, 2), (1, 2), (1, 0), (2, 1)),
         "mean of real entries": lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
         "mean without padding": lambda x: F.avg_pool2d(x, 2, 2, 0, count_include_pad=True),
