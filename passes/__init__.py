@@ -10,7 +10,7 @@ from passes.choose_widths import PLAIN, ChooseWidths, Tuner, widths_of
 from passes.compose_readings import ComposeReadings
 from passes.fold_permutations import FoldPermutations
 from passes.fold_scales import FoldScales
-from passes.ir.cost import CostModel, CountingModel, FewestCalls, FewestMacs
+from passes.ir.cost import Copied, CostModel, CountingModel, FewestCalls, FewestMacs
 from passes.ir.errors import LintError, PassError, UnsupportedError
 from passes.ir.pipeline import Note, Pass, Pipeline, Result, Step
 from passes.ir.program import Input, Program, TensorInfo
@@ -91,6 +91,7 @@ __all__ = [
     "Canonicalize",
     "ChooseWidths",
     "ComposeReadings",
+    "Copied",
     "CostModel",
     "CountingModel",
     "FewestCalls",

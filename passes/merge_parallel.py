@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.affine import affine_chain
-from passes.ir.cost import CostModel, CountingModel
+from passes.ir.cost import Copied, CostModel, CountingModel
 from passes.ir.pipeline import Note, Result
 from passes.ir.program import Program
 from passes.ir.rewriter import Rewriter, with_replaced
@@ -77,7 +77,7 @@ class MergeParallel:
         this = merged.this
         saved = (_work(merged.weight, this.groups) - merged.work) * this.positions
         entries = this.out_channels * this.positions
-        return saved <= 0 or not self.cost.gathers_pay([(this.out_channels, entries)] * 2, saved)
+        return saved <= 0 or not self.cost.gathers_pay([Copied(this.out_channels, entries)] * 2, saved)
 
 
 def _work(weight: Tensor, groups: int) -> int:

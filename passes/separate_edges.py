@@ -29,7 +29,7 @@ from torch import Tensor, fx
 
 from passes.ir.analysis import Analysis
 from passes.ir.axes import flatten_facts
-from passes.ir.cost import CostModel, CountingModel, macs_by_node
+from passes.ir.cost import Copied, CostModel, CountingModel, macs_by_node
 from passes.ir.lattice import along, any_over_others
 from passes.ir.pipeline import Note, Result
 from passes.ir.program import Op, Program
@@ -66,12 +66,13 @@ class Adapter:
         """Whether there is a channel that does not pass."""
         return self.index.numel() < program.infos[self.edge.source].sizes[self.edge.axis]
 
-    def copies(self, program: Program) -> tuple[int, int]:
-        """(runs of entries that are copied for one example, entries)."""
+    def copies(self, program: Program) -> Copied:
+        """What its gathers copy."""
         sizes, axis = program.infos[self.edge.source].sizes, self.edge.axis
         runs = prod(sizes[1:axis]) * (sizes[axis] if self.edge.user is None else self.index.numel())
         times = 1 if self.edge.user is not None else 2
-        return times * runs, times * runs * prod(sizes[axis + 1 :])
+        is_packed = self.edge.user is None or len(sizes) != 4 or not _is_joined(program, self.edge.source)
+        return Copied(times * runs, times * runs * prod(sizes[axis + 1 :]), is_packed)
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,17 @@ def _axis_in(op: Op, x: fx.Node, axis: int) -> int | None:
     if found is None or found < 0 or info.key(found) != op.out.key(axis):
         return None
     return found
+
+
+def _is_joined(program: Program, node: fx.Node) -> bool:
+    """Whether a value is a concatenation, or what elementwise operators make of one alone."""
+    while node.op == "call_function" and node.target is not aten.cat.default:
+        op = program.op(node)
+        variable = [x for x in op.operands if program.held(x) is None]
+        if len(variable) != 1 or not isinstance(rule_for(op), Pointwise):
+            return False
+        node = variable[0]
+    return node.op == "call_function"
 
 
 def _axis_out(op: Op, x: fx.Node, axis: int) -> int | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
 
 import sbp_compile
-from passes import CountingModel, default_pipeline
+from passes import Copied, CountingModel, default_pipeline
 from sbp_compile.atomic import write_atomically
 from sbp_compile.timing import compare, environment
 
@@ -26,10 +26,12 @@ RESULT = Path(__file__).resolve().parents[1] / "docs" / "results" / "adapters.md
 HEADER = """\
 # Gathers on single edges
 
-Four residual blocks x + conv(relu(conv(x))), 3x3, on feature maps of the given size, or one linear layer behind a relu.
-Masked at random: what the first layer of each block reads ("read"), what its second layer adds ("add", and "add const"
-where a masked channel leaves a constant), or both; the stream itself keeps all channels. Time without gathers (the
-coupling keeps the union) over the time with a gather on every such edge; above 1 the gathers are faster. "taken": how
+Four residual blocks x + conv(relu(conv(x))), 3x3, on feature maps of the given size, or four dense ones, each of which
+concatenates to its input a quarter as many channels, conv(relu(x)), 1x1; or one linear layer behind a relu.
+Masked at random: what the first layer of each block reads ("read"; "dense" of the dense ones), what its second layer
+adds ("add", and "add const" where a masked channel leaves a constant), or both; the stream itself keeps all channels.
+Time without gathers (the coupling keeps the union) over the time with a gather on every such edge; above 1 the gathers
+are faster. "taken": how
 many of the edges the default cost model cuts; it looks at one edge at a time, at example sizes, and not at widths.
 onnxruntime {onnxruntime}, one thread, {processor}.
 
@@ -56,6 +58,10 @@ CASES = tuple(
     for kept in (3 * channels // 4, channels // 2, channels // 4)
     for masked in ("read", "add", "add const", "both")
 ) + tuple(
+    Case(channels, size, kept, "dense")
+    for channels, size in ((32, 32), (64, 32), (128, 16), (256, 8))
+    for kept in (3 * channels // 4, channels // 2, channels // 4)
+) + tuple(
     Case(inputs, 0, kept, f"{outputs} outputs")
     for inputs, kept, outputs in (
         (784, 245, 160), (784, 114, 76), (784, 392, 500), (512, 256, 512), (288, 144, 283), (288, 72, 52),
@@ -69,7 +75,7 @@ class Always:
     def __init__(self, answer: bool) -> None:
         self.answer = answer
 
-    def gathers_pay(self, copies: Sequence[tuple[int, int]], saved_macs: int) -> bool:
+    def gathers_pay(self, copies: Sequence[Copied], saved_macs: int) -> bool:
         return self.answer
 
     def map_pays(self, entries: int, saved_macs: int) -> bool:
@@ -82,7 +88,7 @@ class Counting(CountingModel):
     asked = 0
     taken = 0
 
-    def gathers_pay(self, copies: Sequence[tuple[int, int]], saved_macs: int) -> bool:
+    def gathers_pay(self, copies: Sequence[Copied], saved_macs: int) -> bool:
         answer = super().gathers_pay(copies, saved_macs)
         type(self).asked += 1
         type(self).taken += answer
@@ -119,6 +125,18 @@ class Block(nn.Module):
         return torch.relu(x + y)
 
 
+class DenseBlock(nn.Module):
+    """Concatenates what a layer makes of some of the channels."""
+
+    def __init__(self, inputs: int, case: Case) -> None:
+        super().__init__()
+        self.reads = Masked(inputs, inputs * case.kept // case.channels)
+        self.layer = nn.Conv2d(inputs, case.channels // 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.layer(self.reads(torch.relu(x)))], 1)
+
+
 def network(case: Case) -> tuple[nn.Module, Tensor]:
     """The masked network and an example."""
     torch.manual_seed(0)
@@ -127,7 +145,10 @@ def network(case: Case) -> tuple[nn.Module, Tensor]:
         layer.weight.data[:, torch.randperm(case.channels)[case.kept :]] = 0.0
         return nn.Sequential(layer, nn.ReLU()), torch.randn(2, case.channels)
     stem = nn.Conv2d(8, case.channels, 1)
-    blocks = nn.Sequential(stem, *[Block(case) for _ in range(4)])
+    inner: list[nn.Module] = [Block(case) for _ in range(4)]
+    if case.masked == "dense":
+        inner = [DenseBlock(case.channels + number * (case.channels // 4), case) for number in range(4)]
+    blocks = nn.Sequential(stem, *inner)
     return blocks, torch.randn(2, 8, case.size, case.size)
 
 

@@ -54,7 +54,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
 
 import sbp_compile
-from passes import CountingModel, default_pipeline, this_cpu
+from passes import Copied, CountingModel, default_pipeline, this_cpu
 from sbp_compile.atomic import write_atomically
 from sbp_compile.compiler import Compiled
 from sbp_compile.timing import Comparison, compare, progress_bar
@@ -69,7 +69,7 @@ FIGURE = RESULT.with_suffix(".svg")
 class PlainMinimum(CountingModel):
     """Nothing that a network built by hand would not have: no gathers, no maps."""
 
-    def gathers_pay(self, copies: Sequence[tuple[int, int]], saved_macs: int) -> bool:
+    def gathers_pay(self, copies: Sequence[Copied], saved_macs: int) -> bool:
         return False
 
     def map_pays(self, entries: int, saved_macs: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -18,14 +18,22 @@ TRANSPOSED = frozenset(
 )
 
 
+class Copied(NamedTuple):
+    """What a gather copies for one example: runs of entries, and the entries in them all.
+
+    `is_packed`: whether a layer may have given them packed in blocks, so that they have to be unpacked for it.
+    """
+
+    runs: int
+    entries: int
+    is_packed: bool = True
+
+
 class CostModel(Protocol):
     """Decides what is cheaper; the default counts, others measure."""
 
-    def gathers_pay(self, copies: Sequence[tuple[int, int]], saved_macs: int) -> bool:
-        """Whether gathers are cheaper than `saved_macs` multiply-adds.
-
-        `copies`: for each gather, the runs of entries that it copies for one example, and the entries in them all.
-        """
+    def gathers_pay(self, copies: Sequence[Copied], saved_macs: int) -> bool:
+        """Whether gathers, by what each copies, are cheaper than `saved_macs` multiply-adds."""
 
     def map_pays(self, entries: int, saved_macs: int) -> bool:
         """Whether adding a constant to `entries` entries of one example is cheaper than `saved_macs` multiply-adds."""
@@ -44,8 +52,9 @@ class Cost:
 class CountingModel:
     """The default: what a gather costs, in multiply-adds: each call, each run of entries copied, each entry.
 
-    Fitted to docs/results/adapters.md. What it takes there pays at batch 1; it is up to 9% off where the narrower layer
-    has a width that the runtime handles badly (24 channels), and for a small linear layer at batch 16.
+    Fitted to docs/results/adapters.md; entries that are not packed anyway, as behind a concatenation, are cheaper.
+    What it takes there pays at batch 1; it is up to 9% off where the narrower layer has a width that the runtime
+    handles badly (24 channels), and for a small linear layer at batch 16.
 
     A constant map costs its own call and each entry (docs/results/maps.md), and must not make the file much larger.
     """
@@ -53,14 +62,17 @@ class CountingModel:
     macs_per_gather: int = 12_000
     macs_per_run: int = 180
     macs_per_entry: int = 60
+    macs_per_plain_entry: int = 12
     macs_per_map: int = 4_000
     macs_per_map_entry: int = 5
     largest_map: int = 1 << 17
 
-    def gathers_pay(self, copies: Sequence[tuple[int, int]], saved_macs: int) -> bool:
+    def gathers_pay(self, copies: Sequence[Copied], saved_macs: int) -> bool:
         cost = sum(
-            self.macs_per_gather + self.macs_per_run * runs + self.macs_per_entry * entries
-            for runs, entries in copies
+            self.macs_per_gather
+            + self.macs_per_run * copied.runs
+            + (self.macs_per_entry if copied.is_packed else self.macs_per_plain_entry) * copied.entries
+            for copied in copies
         )
         return saved_macs > cost
 
@@ -74,7 +86,7 @@ class CountingModel:
 class FewestMacs:
     """Takes every gather and every constant map that saves a multiply-add, whether or not that saves time."""
 
-    def gathers_pay(self, copies: Sequence[tuple[int, int]], saved_macs: int) -> bool:
+    def gathers_pay(self, copies: Sequence[Copied], saved_macs: int) -> bool:
         return saved_macs > 0
 
     def map_pays(self, entries: int, saved_macs: int) -> bool:
@@ -85,7 +97,7 @@ class FewestMacs:
 class FewestCalls:
     """Takes no gather and no constant map, whatever they save."""
 
-    def gathers_pay(self, copies: Sequence[tuple[int, int]], saved_macs: int) -> bool:
+    def gathers_pay(self, copies: Sequence[Copied], saved_macs: int) -> bool:
         return False
 
     def map_pays(self, entries: int, saved_macs: int) -> bool:

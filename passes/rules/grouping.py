@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from passes.ir.cost import CountingModel
+from passes.ir.cost import Copied, CountingModel
 from passes.ir.keep import KeepSets
 from passes.ir.rewriter import Rewriter
 from passes.rules.layer import Contraction, emit
@@ -84,7 +84,9 @@ class Groups:
         saved = (min(padded, dense) - split) * positions
         runs = self.runs() if saved > 0 else []
         copies = [
-            (1, int(counts[first:stop, side].sum()) * positions) for first, stop in runs for side in (0, 1)
+            Copied(1, int(counts[first:stop, side].sum()) * positions)
+            for first, stop in runs
+            for side in (0, 1)
         ]
         if len(runs) > 1 and COST.gathers_pay(copies, saved):
             return "split"

@@ -187,6 +187,26 @@ def test_small_feature_maps_are_not_worth_a_gather_by_default():
     assert aten.index_select.default not in targets_of(small)
 
 
+class ReadTwice(nn.Module):
+    """A value of 64 channels that two layers read, one of them masked; a layer's own, or two layers' side by side."""
+
+    def __init__(self, joined):
+        super().__init__()
+        self.makers = nn.ModuleList(nn.Conv2d(3, 64 // (1 + joined), 1) for _ in range(1 + joined))
+        self.mask, self.some, self.all = Mask(64, 32), nn.Conv2d(64, 16, 1), nn.Conv2d(64, 16, 1)
+
+    def forward(self, x):
+        parts = [make(x) for make in self.makers]
+        x = torch.relu(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
+        return self.some(self.mask(x)), self.all(x)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_gather_pays_sooner_where_channels_are_not_packed_anyway(joined):
+    small = check(ReadTwice(joined), torch.randn(2, 3, 32, 32), cost=CountingModel())
+    assert ((16, 32) in widths(small)) == joined
+
+
 class Tokens(nn.Module):
     """x + W2 relu(W1 mask(x)), along the last axis of a sequence."""
 
