@@ -25,6 +25,7 @@ from sbp_compile.capture.interface import Interface
 from sbp_compile.emit.module import emit_graph_module
 from sbp_compile.emit.onnx_gathers import gather_rows
 from sbp_compile.emit.onnx_norms import normalise_channels
+from sbp_compile.emit.onnx_powers import spell_powers
 from sbp_compile.emit.onnx_transposed import spell_output_padding
 from sbp_compile.emit.opsets import EXPORTED, lowered, nearest, opset_of, without_weights
 from sbp_compile.errors import UnsupportedModelError, UsageError
@@ -248,6 +249,7 @@ def _cleaned(proto: onnx.ModelProto, input_names: list[str], output_names: list[
     gather_rows(graph)
     spell_output_padding(graph)
     normalise_channels(graph)
+    spell_powers(graph)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = proto.ir_version
