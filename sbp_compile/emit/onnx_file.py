@@ -25,6 +25,7 @@ from sbp_compile.capture.interface import Interface
 from sbp_compile.emit.module import emit_graph_module
 from sbp_compile.emit.onnx_gathers import gather_rows
 from sbp_compile.emit.onnx_norms import normalise_channels
+from sbp_compile.emit.onnx_scalars import keep_scalars
 from sbp_compile.emit.onnx_transposed import spell_output_padding
 from sbp_compile.emit.opsets import EXPORTED, lowered, nearest, opset_of, without_weights
 from sbp_compile.errors import UnsupportedModelError, UsageError
@@ -65,7 +66,9 @@ def onnx_model(
     if wanted is None:
         wanted = (EXPORTED if _averages(program) else OPSET) if interface is None else interface.opset
     names = [name for name in output_names if name is not None]
-    proto = _export(program, _emitted(program, output_names, dtype), len(names), max(wanted, EXPORTED))
+    module = _emitted(keep_scalars(program), output_names, dtype)
+    proto = _export(program, module, len(names), max(wanted, EXPORTED))
+    del module
     program.constants.free_dropped()  # modules and exported programs
     model = _cleaned(proto, [entry.shown for entry in program.inputs], names)
     del proto
