@@ -18,7 +18,12 @@ from passes.ir.rewriter import Rewriter
 
 aten = torch.ops.aten
 
-NEUTRAL = {aten.add.Tensor: 0.0, aten.sub.Tensor: 0.0, aten.mul.Tensor: 1.0, aten.div.Tensor: 1.0}
+NEUTRAL: dict[Any, float] = {
+    aten.add.Tensor: 0.0,
+    aten.sub.Tensor: 0.0,
+    aten.mul.Tensor: 1.0,
+    aten.div.Tensor: 1.0,
+}
 MARGIN = 1e-4  # wider than the optimiser's: what is kept for nothing costs nothing
 
 
