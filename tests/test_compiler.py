@@ -527,7 +527,9 @@ class DependsOnData(nn.Module):
 
 
 @pytest.mark.parametrize("convolution", [F.conv2d, F.conv_transpose2d])
-def test_a_kernel_for_each_example_compiles(convolution: Callable[..., Tensor]) -> None:
+def test_a_kernel_for_each_example_compiles_to_a_file_for_one_batch(
+    convolution: Callable[..., Tensor], tmp_path: Path
+) -> None:
     class Kernels(nn.Module):
         """The batch among the groups, as in CondConv and StyleGAN2."""
 
@@ -549,6 +551,9 @@ def test_a_kernel_for_each_example_compiles(convolution: Callable[..., Tensor]) 
     compiled = sbp_compile.compile(network, x, dynamic_batch="require")
     assert compiled.program.constants["route.weight"].shape == (2, 4)
     outputs_agree(network, compiled, x[:2])
+    with pytest.raises(UnsupportedModelError, match="dynamic_batch=False"):
+        compiled.save(tmp_path / "any.onnx")
+    sbp_compile.compile(network, x, dynamic_batch=False).save(tmp_path / "three.onnx")
 
 
 def test_where_sizes_depend_on_data_the_rest_still_shrinks(tmp_path: Path) -> None:
