@@ -1,8 +1,10 @@
-"""Numbers close to 0 and 1 as tensors with one axis, which torch's ONNX exporter does not take for 0 and 1.
+"""Numbers among the arguments of calls, written so that torch's ONNX exporter takes them for what they are.
 
-Its optimiser leaves out `x + c` and `x - c` where |c| <= 1e-8, and `x * c` and `x / c` where c is within 1e-5 of 1, for
-scalars. So the 1e-12 of `y / (y.norm() + 1e-12)` is gone from its file, which divides 0 by 0 where the
-network does not.
+Those close to 0 and 1 become tensors with one axis: its optimiser leaves out `x + c` and `x - c` where |c| <= 1e-8, and
+`x * c` and `x / c` where c is within 1e-5 of 1, for scalars. So the 1e-12 of `y / (y.norm() + 1e-12)` is gone from its
+file, which divides 0 by 0 where the network does not.
+
+The bounds of a clamp become floats where only one of them is: it has no translation for a pair of types.
 """
 
 from __future__ import annotations
@@ -28,19 +30,28 @@ MARGIN = 1e-4  # wider than the optimiser's: what is kept for nothing costs noth
 
 
 def keep_scalars(program: Program) -> Program:
-    """Return the Program, its sums and products with such numbers written so that the exporter keeps them."""
+    """Return the Program with such numbers written so that the exporter keeps them."""
     rewriter, found = Rewriter(program), False
     for node in program.graph.nodes:
         if node.op == "placeholder":
             rewriter.placeholder(node)
         elif node.op == "call_function":
-            kept = _kept(program, rewriter, node)
+            kept = _clamp(rewriter, node) or _kept(program, rewriter, node)
             found |= kept is not None
             rewriter.env[node] = rewriter.copy(node) if kept is None else kept
     if not found:
         return program
     rewriter.output()
     return rewriter.finish()
+
+
+def _clamp(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
+    """A clamp with an int and a float, both as floats."""
+    bounds = node.args[1:]
+    if node.target is not aten.clamp.default or {type(bound) for bound in bounds} != {int, float}:
+        return None
+    floats = [float(bound) for bound in bounds]  # type: ignore[arg-type]
+    return rewriter.call(node.target, (*rewriter.map(node.args[:1]), *floats), like=node)
 
 
 def _kept(program: Program, rewriter: Rewriter, node: fx.Node) -> fx.Node | None:

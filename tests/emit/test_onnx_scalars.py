@@ -59,6 +59,13 @@ def test_factors_close_to_one_are_in_the_file(tmp_path):
         assert torch.equal(found[name], wanted[name])
 
 
+def test_the_bounds_of_a_clamp_may_be_an_int_and_a_float(tmp_path):
+    clamps = {"high": lambda x, _: x.clamp(1, 5e4), "low": lambda x, _: x.clamp(min=0.5, max=1)}
+    found, wanted = both(clamps, torch.rand(2, 4) * 2, tmp_path / "small.onnx")
+    for name in clamps:
+        assert torch.equal(found[name], wanted[name])
+
+
 def test_a_number_has_the_dtype_of_what_it_is_added_to(tmp_path):
     quotient = {"quotient": lambda x, _: x / (x + 6e-8)}
     found, wanted = both(quotient, torch.zeros(2, 4, dtype=torch.float16), tmp_path / "small.onnx")
