@@ -194,7 +194,7 @@ class FTTransformer(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, 2))
 
     def tokens(self, numbers: Tensor, categories: Tensor) -> Tensor:
-        numbers = torch.cat([torch.ones(len(numbers), 1, device=numbers.device), numbers], dim=1)
+        numbers = torch.cat([torch.ones(numbers.shape[0], 1, device=numbers.device), numbers], dim=1)
         x = torch.cat(
             [self.weight[None] * numbers[:, :, None], self.categories(categories + self.offsets[None])], dim=1
         )
