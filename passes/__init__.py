@@ -22,6 +22,7 @@ from passes.remove_dead import RemoveDead
 from passes.rules import Rule, registered_rules, rule
 from passes.separate_axes import SeparateAxes
 from passes.separate_edges import SeparateEdges
+from passes.separate_positions import SeparatePositions
 from passes.shrink_channels import ShrinkChannels
 from passes.targets import TARGETS, Target, this_cpu
 
@@ -76,6 +77,8 @@ def _passes(cost: CostModel) -> tuple[Pass, ...]:
             (MergeSerial(),), name="merge", repeat=True
         ),  # only now: what is between two layers may have shrunk to less than either side
         AnalyzeChannels(),
+        SeparatePositions(cost),  # what is read at few positions; before channels, which then cost less
+        AnalyzeChannels(),  # again, if something was separated
         SeparateEdges(cost),  # last: what no coupling could remove is worth a gather only now
         rounds,  # cuts what the gathers set free
         RemoveDead(),
@@ -113,6 +116,7 @@ __all__ = [
     "Rule",
     "SeparateAxes",
     "SeparateEdges",
+    "SeparatePositions",
     "ShrinkChannels",
     "Step",
     "Target",

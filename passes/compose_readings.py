@@ -176,7 +176,7 @@ class _Composer:
         pieces = self._resolved([direct], axis)
         if len(pieces) == 1 and not drops and pieces[0].key(axis) in self.held:
             return self.held[pieces[0].key(axis)]
-        if len(pieces) == 1 and pieces[0].source is direct.source and not pieces[0].is_whole:
+        if len(pieces) == 1 and pieces[0].source is direct.source and (drops or not pieces[0].is_whole):
             return None
         return self._emit(op, axis, pieces, drops)
 

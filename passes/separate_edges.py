@@ -1,14 +1,8 @@
 """separate_edges: values with several readers, or several parts, need not keep the same channels on every edge.
 
-A coupling keeps the union of what its members need: a residual stream with ten readers is as wide as all of them ask
-for, and so is everything added to it. An *adapter* on one edge, from a value v to a reader, cuts it loose:
-
-    v' = spread(select(v, S)) + c      S: the channels this reader needs and v does not know, c: v's known constants
-
-`select` is an index_select, `spread` pads one zero channel and selects again, to full width. v' equals v wherever this
-reader looks, so the graph stays exact, and v' is known outside S: the next sweeps cut both sides independently, and
-what is left of the adapter is one gather where a reader takes less than the value has, or one pad and a gather where a
-part brings less than the sum has. The sweeps also carry c on into the sum.
+A residual stream with ten readers is as wide as all of them ask for, and so is everything added to it. An adapter
+(passes/adapters.py) on one edge cuts it loose: the channels this reader needs and the value does not know pass, the
+others are the value's known constants.
 
 Edges are looked for from the contractions: a layer that reads channels it does not need, or makes rows that nobody
 needs, is followed through elementwise and per-channel operators to the value where the coupling begins. The cost model
@@ -22,18 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import prod
 
 import torch
 from torch import Tensor, fx
 
+from passes.adapters import Adapter, Edge, note, with_adapters
 from passes.ir.analysis import Analysis
 from passes.ir.axes import flatten_facts
-from passes.ir.cost import Copied, CostModel, CountingModel, macs_by_node
+from passes.ir.cost import CostModel, CountingModel, macs_by_node
 from passes.ir.lattice import along, any_over_others
-from passes.ir.pipeline import Note, Result
+from passes.ir.pipeline import Result
 from passes.ir.program import Op, Program
-from passes.ir.rewriter import Rewriter
 from passes.rules import rule_for
 from passes.rules.contraction import ContractionRule
 from passes.rules.layer import Contraction, describe
@@ -43,36 +36,6 @@ from passes.rules.spatial import SpatialRule
 from passes.rules.view import Rearrange
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True, eq=False)
-class Edge:
-    """A value on its way to one reader, or to all of them, and the axis whose channels are in question."""
-
-    source: fx.Node
-    axis: int
-    user: fx.Node | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """What passes along an edge: indices (int64) of the channels, constants (size of the axis,) of the others."""
-
-    edge: Edge
-    index: Tensor
-    constants: Tensor
-
-    def cuts(self, program: Program) -> bool:
-        """Whether there is a channel that does not pass."""
-        return self.index.numel() < program.infos[self.edge.source].sizes[self.edge.axis]
-
-    def copies(self, program: Program) -> Copied:
-        """What its gathers copy."""
-        sizes, axis = program.infos[self.edge.source].sizes, self.edge.axis
-        runs = prod(sizes[1:axis]) * (sizes[axis] if self.edge.user is None else self.index.numel())
-        times = 1 if self.edge.user is not None else 2
-        is_packed = self.edge.user is None or len(sizes) != 4 or not _is_joined(program, self.edge.source)
-        return Copied(times * runs, times * runs * prod(sizes[axis + 1 :]), is_packed)
 
 
 @dataclass(frozen=True)
@@ -91,8 +54,8 @@ class SeparateEdges:
                     chosen |= {(entry.edge.source, entry.edge.user): entry for entry in adapters}
         if not chosen:
             return Result(program, False)
-        notes = tuple(_note(program, adapter) for adapter in chosen.values())
-        return Result(_apply(program, chosen), True, notes)
+        notes = tuple(note(program, adapter) for adapter in chosen.values())
+        return Result(with_adapters(program, list(chosen.values())), True, notes)
 
 
 def _layers(program: Program) -> Iterator[Contraction]:
@@ -195,17 +158,6 @@ def _axis_in(op: Op, x: fx.Node, axis: int) -> int | None:
     return found
 
 
-def _is_joined(program: Program, node: fx.Node) -> bool:
-    """Whether a value is a concatenation, or what elementwise operators make of one alone."""
-    while node.op == "call_function" and node.target is not aten.cat.default:
-        op = program.op(node)
-        variable = [x for x in op.operands if program.held(x) is None]
-        if len(variable) != 1 or not isinstance(rule_for(op), Pointwise):
-            return False
-        node = variable[0]
-    return node.op == "call_function"
-
-
 def _axis_out(op: Op, x: fx.Node, axis: int) -> int | None:
     """The axis of the result that has the same channels as an axis of an operand; None if there is none."""
     return next((other for other in range(op.out.rank) if _axis_in(op, x, other) == axis), None)
@@ -251,54 +203,3 @@ def _demand_of(program: Program, edge: Edge, analysis: Analysis) -> Tensor:
     for mask in mine[1:]:
         total = total | mask
     return total
-
-
-def _note(program: Program, adapter: Adapter) -> Note:
-    edge = adapter.edge
-    size = program.infos[edge.source].sizes[edge.axis]
-    kept = adapter.index.numel()
-    if edge.user is None:
-        return Note(edge.source.name, f"has {kept} of the {size} channels of what it is joined with")
-    return Note(edge.user.name, f"reads {kept} of the {size} channels of {edge.source.name}")
-
-
-def _apply(program: Program, chosen: dict[tuple[fx.Node, fx.Node | None], Adapter]) -> Program:
-    rewriter = Rewriter(program)
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            rewriter.placeholder(node)
-        elif node.op == "call_function":
-            held = {
-                source: rewriter.value(source) for source in node.all_input_nodes if (source, node) in chosen
-            }
-            for source in held:
-                rewriter.env[source] = _emit(program, rewriter, chosen[source, node])
-            rewriter.env[node] = rewriter.copy(node)
-            rewriter.env |= held
-        if (node, None) in chosen:
-            rewriter.env[node] = _emit(program, rewriter, chosen[node, None])
-    rewriter.output()
-    return rewriter.finish()
-
-
-def _emit(program: Program, rewriter: Rewriter, adapter: Adapter) -> fx.Node:
-    """spread(select(v, S)) + c, at v's full width."""
-    source, axis = adapter.edge.source, adapter.edge.axis
-    info, kept = program.infos[source], adapter.index
-    size = info.sizes[axis]
-
-    def select(x: fx.Node, positions: Tensor, step: str) -> fx.Node:
-        index = rewriter.constant(positions, f"{source.name}_{step}_index", torch.int64)
-        return rewriter.call(aten.index_select.default, (x, axis, index), like=source, step=step)
-
-    x = select(rewriter.value(source), kept, "selected")
-    pads = [0] * (2 * (info.rank - 1 - axis)) + [0, 1]
-    x = rewriter.call(aten.constant_pad_nd.default, (x, pads, 0.0), like=source, step="padded")
-    positions = torch.full((size,), kept.numel()).index_copy(0, kept, torch.arange(kept.numel()))
-    x = select(x, positions, "spread")
-    constants = adapter.constants.index_fill(0, kept, 0.0)
-    if bool((constants != 0).any()):
-        dtype = source.meta.get("dtype", info.dtype)
-        shift = rewriter.constant(along(constants, axis, info.rank), f"{source.name}_constants", dtype)
-        x = rewriter.call(aten.add.Tensor, (x, shift), like=source, step="joined")
-    return x

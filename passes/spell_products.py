@@ -3,7 +3,8 @@
 - mm, matmul and addmm with a constant matrix become linear;
 - bmm, mm, mv and dot of values become matmul, baddbmm, addmm and addmv a matmul, a factor and a sum, and so does
   linear with a weight that is not constant;
-- einsum becomes permute, sum, reshape and products of two, from left to right. For two operands with letters
+- einsum and tensordot become permute, sum, reshape and products of two, from left to right. For two operands with
+  letters
 
       batch (in both and in the result)   rows (in the first)   columns (in the second)   summed (in both)
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -122,8 +124,33 @@ def _einsum(op: Op, rewriter: Rewriter) -> fx.Node | None:
     if op.info is None or any(node not in op.program.infos for node in tensors):
         return None
     terms = _parse(op.args["equation"], [op.info_of(node).rank for node in tensors])
-    if terms is None:
+    return None if terms is None else _contracted(op, rewriter, tensors, terms)
+
+
+def _tensordot(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    """The axes dims_self of the one meet dims_other of the other; the rest stay, in order."""
+    tensors = op.args["self"], op.args["other"]
+    if op.info is None or any(node not in op.program.infos for node in tensors):
         return None
+    pairs = [
+        (op.axis(axis, tensors[0]), op.axis(other, tensors[1]))
+        for axis, other in zip(op.args["dims_self"], op.args["dims_other"], strict=True)
+    ]
+    if pairs == [(op.info_of(tensors[0]).rank - 1, 0)] and _is_matrix(op, tensors[1]):
+        return _linear_call(op, rewriter, *tensors, None)
+    spare = iter(ascii_letters)
+    first, second = ([next(spare) for _ in range(op.info_of(node).rank)] for node in tensors)
+    for axis, other in pairs:
+        second[other] = first[axis]
+    left, right = "".join(first), "".join(second)
+    result = "".join(letter for letter in left + right if not (letter in left and letter in right))
+    return _contracted(op, rewriter, tensors, [left, right, result])
+
+
+def _contracted(
+    op: Op, rewriter: Rewriter, tensors: Sequence[fx.Node], terms: Sequence[str]
+) -> fx.Node | None:
+    """The product of tensors with these letters; the last of `terms` is the result's."""
     sizes: dict[str, tuple[int, ...]] = {}
     for node, letters in zip(tensors, terms[:-1], strict=True):
         for axis, letter in enumerate(letters):
@@ -270,4 +297,5 @@ PRODUCTS: dict[Any, Spelling] = {
     aten.matmul.default: _product,
     aten.mm.default: _product,
     aten.mv.default: _product,
+    aten.tensordot.default: _tensordot,
 }

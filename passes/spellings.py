@@ -7,7 +7,8 @@
   leaves out, those that begin behind everything);
 - an average pool with a divisor of its own becomes a plain one times a number (ONNX has no such attribute);
 - a concatenation loses operands without entries;
-- pad becomes constant_pad_nd, reflection_pad* or replication_pad*, and nothing where it adds nothing.
+- pad becomes constant_pad_nd, reflection_pad* or replication_pad*, and nothing where it adds nothing;
+- the operators of `a & b`, `a | b` and `a ^ b` become bitwise_and, bitwise_or and bitwise_xor.
 
 Another call whose other outputs are used stays as it is.
 """
@@ -90,6 +91,13 @@ def _whole_extremum(target: Any) -> Spelling:
             return None
         axes = list(range(op.info_of(op.operands[0]).rank))
         return rewriter.call(target, (rewriter.value(op.operands[0]), axes), like=op.node)
+
+    return handler
+
+
+def _renamed(target: Any) -> Spelling:
+    def handler(op: Op, rewriter: Rewriter) -> fx.Node:
+        return rewriter.call(target, rewriter.map(op.node.args), like=op.node)
 
     return handler
 
@@ -200,6 +208,9 @@ SPELLINGS: dict[Any, Spelling] = {
     aten.avg_pool1d.default: _pool_without_ceil(1),
     aten.avg_pool2d.default: _pool_without_ceil(2, _pool_with_divisor),
     aten.avg_pool3d.default: _pool_without_ceil(3, _pool_with_divisor),
+    aten.__and__.Tensor: _renamed(aten.bitwise_and.Tensor),
+    aten.__or__.Tensor: _renamed(aten.bitwise_or.Tensor),
+    aten.__xor__.Tensor: _renamed(aten.bitwise_xor.Tensor),
     aten.pad.default: _pad,
     aten.constant_pad_nd.default: _constant_pad,
 }

@@ -89,14 +89,16 @@ def _layers(program: Program, names: Container[str]) -> dict[str, fx.Node]:
 
 
 def _channels(program: Program, node: fx.Node) -> int | None:
-    """Return the output channels of a convolution or linear layer."""
+    """Return the output channels of a convolution or linear layer; None where the input decides how many."""
     if node.target not in SPATIAL_RANK or node not in program.infos:
         return None
-    weight = schema.bind(node)["weight"]
-    info = program.infos.get(weight)
+    args = schema.bind(node)
+    info, groups = program.infos.get(args["weight"]), args.get("groups", 1)
     if info is None or info.rank != SPATIAL_RANK[node.target] + 2:
         return None
-    return info.sizes[1] * int(schema.bind(node)["groups"]) if node.target in TRANSPOSED else info.sizes[0]
+    if not info.all_static or not isinstance(groups, int):  # a kernel for each example
+        return None
+    return info.sizes[1] * groups if node.target in TRANSPOSED else info.sizes[0]
 
 
 class _Track:

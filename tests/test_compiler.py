@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -25,6 +27,7 @@ from sbp_compile.errors import (
 )
 from sbp_compile.nn import LogNormalNoise
 from tests.networks import Images, Masked, PinnedBatch, assert_close, run_onnx
+from tests.zoo.places import switch_off
 
 
 @pytest.fixture(autouse=True)
@@ -521,6 +524,36 @@ class DependsOnData(nn.Module):
         left, right = rows.contiguous().double().float().chunk(2, 1)
         total = self.after(torch.cat((right, left * 1.0), 1)).sum(0)
         return self.second((self.first(x) * self.mask).relu()) + total
+
+
+@pytest.mark.parametrize("convolution", [F.conv2d, F.conv_transpose2d])
+def test_a_kernel_for_each_example_compiles_to_a_file_for_one_batch(
+    convolution: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    class Kernels(nn.Module):
+        """The batch among the groups, as in CondConv and StyleGAN2."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernels = nn.Parameter(torch.randn(3, 4 * 4 * 9))
+            self.route, self.noise = nn.Linear(4, 3), LogNormalNoise(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            batch, channels, height, width = x.shape
+            route = self.noise(self.route(x.mean((2, 3))))
+            weight = (route @ self.kernels).view(batch * channels, channels, 3, 3)
+            y = convolution(x.reshape(1, batch * channels, height, width), weight, padding=1, groups=batch)
+            return y.view(batch, channels, height, width)
+
+    network = Kernels().eval()
+    switch_off(network.noise, torch.tensor([False, True, False]))
+    x = torch.randn(3, 4, 6, 6)
+    compiled = sbp_compile.compile(network, x, dynamic_batch="require")
+    assert compiled.program.constants["route.weight"].shape == (2, 4)
+    outputs_agree(network, compiled, x[:2])
+    with pytest.raises(UnsupportedModelError, match="dynamic_batch=False"):
+        compiled.save(tmp_path / "any.onnx")
+    sbp_compile.compile(network, x, dynamic_batch=False).save(tmp_path / "three.onnx")
 
 
 def test_where_sizes_depend_on_data_the_rest_still_shrinks(tmp_path: Path) -> None:

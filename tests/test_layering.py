@@ -35,6 +35,8 @@ LAYERS = (
     "passes.lay_out_constants",
     "passes.absorb_constants",
     "passes.shrink_channels",
+    "passes.adapters",
+    "passes.separate_positions",
     "passes.separate_edges",
     "passes.remove_dead",
     "passes.targets",

@@ -145,11 +145,19 @@ class _Run:
             return schema.call(node, self.values.__getitem__)
         if node.target is aten.detach.default:
             return self.values[node.args[0]]  # type: ignore[index]
-        results = [schema.call(node, self._of_sample(number)) for number in range(SAMPLES)]
+        results = [self._result(node, number) for number in range(SAMPLES)]
         results = [self._tilted(node, number, result) for number, result in enumerate(results)]
         if node in self.watched:
             results = [value if value.requires_grad else value.requires_grad_() for value in results]
         return results
+
+    def _result(self, node: fx.Node, number: int) -> Any:
+        """What the operator gives for one sample; a copy (x[...] = y) by way of one that has a derivative."""
+        of = self._of_sample(number)
+        if node.target is aten.copy.default:
+            target, source = (of(operand) for operand in node.all_input_nodes)
+            return source.to(target.dtype).expand_as(target)
+        return schema.call(node, of)
 
     def _tilted(self, node: fx.Node, number: int, result: Any) -> Any:
         """The result plus a slope along what moves in the operands, where the operator has flat parts."""

@@ -18,7 +18,9 @@ import torch
 from torch import fx
 from torch.export import Dim
 
+from passes.ir import schema
 from passes.ir.analysis import size_source
+from passes.ir.cost import CONTRACTIONS, TRANSPOSED
 from passes.ir.program import Input, Program, TensorInfo
 from sbp_compile.capture.export import quiet_export
 from sbp_compile.capture.interface import Interface
@@ -26,6 +28,7 @@ from sbp_compile.emit.module import emit_graph_module
 from sbp_compile.emit.onnx_gathers import gather_rows
 from sbp_compile.emit.onnx_norms import normalise_channels
 from sbp_compile.emit.onnx_powers import spell_powers
+from sbp_compile.emit.onnx_scalars import keep_scalars
 from sbp_compile.emit.onnx_transposed import spell_output_padding
 from sbp_compile.emit.opsets import EXPORTED, lowered, nearest, opset_of, without_weights
 from sbp_compile.errors import UnsupportedModelError, UsageError
@@ -62,11 +65,14 @@ def onnx_model(
     Raises UnsupportedModelError where torch's exporter has no translation of an operator, and UsageError where the
     network cannot be written in that opset.
     """
+    _refuse_groups_of_examples(program)
     wanted = opset
     if wanted is None:
         wanted = (EXPORTED if _averages(program) else OPSET) if interface is None else interface.opset
     names = [name for name in output_names if name is not None]
-    proto = _export(program, _emitted(program, output_names, dtype), len(names), max(wanted, EXPORTED))
+    module = _emitted(keep_scalars(program), output_names, dtype)
+    proto = _export(program, module, len(names), max(wanted, EXPORTED))
+    del module
     program.constants.free_dropped()  # modules and exported programs
     model = _cleaned(proto, [entry.shown for entry in program.inputs], names)
     del proto
@@ -87,6 +93,17 @@ def _averages(program: Program) -> bool:
         or (node.target in ADAPTIVE_AVERAGE_POOLS and set(program.op(node).args["output_size"]) != {1})
         for node in program.calls()
     )
+
+
+def _refuse_groups_of_examples(program: Program) -> None:
+    """Refuse convolutions that have a kernel for each example: in ONNX the number of groups is fixed."""
+    for node in program.calls():
+        layer = node.target in CONTRACTIONS | TRANSPOSED
+        if layer and isinstance(schema.bind(node).get("groups"), fx.Node):
+            raise UnsupportedModelError(
+                f"{node.name} has as many groups as the batch has examples, and ONNX wants a fixed number: "
+                "compile with dynamic_batch=False, or write .pt2"
+            )
 
 
 def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:

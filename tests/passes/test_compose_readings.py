@@ -41,6 +41,10 @@ def pair(x):
     return torch.cat([x + 1, x * 2], 1)
 
 
+def test_the_only_entry_of_an_axis_is_read_as_it_is():
+    assert calls(lambda x: x.mean(1, keepdim=True)[:, 0], 2, 8) == ["mean", "select"]
+
+
 @pytest.mark.parametrize(
     ("forward", "wanted"),
     [

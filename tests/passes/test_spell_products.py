@@ -62,6 +62,30 @@ def test_an_einsum_becomes_products(equation, shapes, buffer):
     assert aten.einsum.default not in spelled(On(function, *buffer), *shapes)
 
 
+@pytest.mark.parametrize(
+    ("dims", "shapes", "buffer"),
+    [
+        (([-1], [0]), [(2, 5, 4)], (4, 3)),
+        (([1, 2], [1, 0]), [(2, 5, 4)], (4, 5, 3)),
+        (([0], [0]), [(2, 5), (2, 4)], ()),
+        (([], []), [(2, 5)], (3,)),
+    ],
+    ids=str,
+)
+def test_a_tensordot_becomes_products(dims, shapes, buffer):
+    def function(self, *inputs):
+        return torch.tensordot(*inputs, *([self.c] if buffer else []), dims=dims)
+
+    assert aten.tensordot.default not in spelled(On(function, *buffer), *shapes)
+
+
+def test_a_tensordot_with_weights_is_a_linear_layer():
+    def function(self, x):
+        return torch.tensordot(x, self.c, dims=([-1], [0]))
+
+    assert spelled(On(function, 4, 3), (2, 5, 4)) == {aten.linear.default}
+
+
 def test_an_einsum_of_a_diagonal_stays():
     assert aten.einsum.default in spelled(On(lambda self, x: torch.einsum("bii->bi", x)), (2, 3, 3))
 

@@ -87,3 +87,15 @@ def test_a_pool_in_ceil_mode_stays_one_only_where_it_has_windows_more(pool, size
     result = check(nn.Sequential(nn.Conv2d(3, 4, 1), pool), torch.randn(2, 3, *sizes))
     (call,) = [node for node in result.calls() if "pool" in str(node.target)]
     assert result.op(call).args["ceil_mode"] == stays
+
+
+@pytest.mark.parametrize(
+    ("function", "target"),
+    [
+        (lambda a, b: a & b, aten.bitwise_and.Tensor),
+        (lambda a, b: a | b, aten.bitwise_or.Tensor),
+        (lambda a, b: a ^ b, aten.bitwise_xor.Tensor),
+    ],
+)
+def test_operators_between_masks_are_spelled_as_functions(function, target):
+    assert target in canonical(lambda x: torch.where(function(x > 0, x < 1), x, 0.5), 2, 3)

@@ -14,6 +14,9 @@ from tests.zoo import (
     segmentation,
     sequence,
     transformer,
+    unusual_generators,
+    unusual_images,
+    unusual_sequences,
     vision_transformer,
 )
 from tests.zoo.architecture import Architecture
@@ -35,6 +38,9 @@ FAMILIES = (
     transformer,
     sequence,
     recommend,
+    unusual_images,
+    unusual_generators,
+    unusual_sequences,
 )
 
 ZOO: dict[str, Architecture] = {

@@ -23,6 +23,7 @@ LEAST_NETWORKS = 60
 SHARES = (0.3, 0.5, 0.9)
 SMALL = (
     "lenet5", "maxout", "highway", "espcn", "dcgan_generator", "siamese", "gru_classifier", "text_cnn", "dlrm", "gcn",
+    "condconv", "experts", "ft_transformer",
 )  # fmt: skip
 EXACT = 1e-12
 DEPENDS = 1e-6
