@@ -174,11 +174,16 @@ class Network:
         for way in map(self.ways.__getitem__, ways):
             gives, takes = self._packed(target, width, way.giver), self._packed(target, width, way.taker)
             if gives[1] != takes[0]:
-                total += target.moving(width(way.coupling), way.positions)
+                at_pool = any(isinstance(self._part(end), PoolPart) for end in (way.giver, way.taker))
+                total += target.moving(width(way.coupling), way.positions, at_pool=at_pool)
         return total
 
+    def _part(self, number: int | None) -> Part | None:
+        return None if number is None else self.parts[number]
+
     def _packed(self, target: Target, width: Width, number: int | None) -> tuple[bool, bool]:
-        return (False, False) if number is None else self.parts[number].packed(target, width)
+        part = self._part(number)
+        return (False, False) if part is None else part.packed(target, width)
 
 
 def layers(program: Program) -> Iterator[Contraction]:

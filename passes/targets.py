@@ -65,8 +65,11 @@ class Target(Protocol):
     def packed(self, layer: Layer, inputs: int, outputs: int) -> tuple[bool, bool]:
         """Whether the layer takes, and whether it gives, channels packed in blocks."""
 
-    def moving(self, channels: int, positions: int) -> float:
-        """How long it takes to pack channels or to unpack them, for one example, in seconds."""
+    def moving(self, channels: int, positions: int, *, at_pool: bool = False) -> float:
+        """How long it takes to pack channels or to unpack them, for one example, in seconds.
+
+        `at_pool`: in front of a pool or behind one, and not between layers.
+        """
 
     def passing(self, entries: int) -> float:
         """How long a call takes that only reads and writes so many entries, in seconds."""
@@ -87,9 +90,9 @@ class BlockedConvolutions:
 
     `per_mac`: of a multiply-add; `per_column_entry`, `per_layout`: of an entry of the columns, and of laying them out
     at all, for kernels of more than one tap; `per_point`: of an entry where there is nothing to lay out;
-    `per_moved`: of an entry that is packed or unpacked; `per_call`, `per_passed`: of anything but layers, and of an
-    entry there; `per_pooled`, `per_tap`: of an entry of a pool's result and of an entry that it reads, `_block` where
-    channels fill their blocks;
+    `per_moved`: of an entry that is packed or unpacked between layers, `per_moved_at_pool`: at a pool; `per_call`,
+    `per_passed`: of anything but layers, and of an entry there; `per_pooled`, `per_tap`: of an entry of a pool's result
+    and of an entry that it reads, `_block` where channels fill their blocks;
     `per_depthwise`, `per_unblocked_depthwise`, `per_unblocked_channel`: of depthwise layers.
     """
 
@@ -101,6 +104,7 @@ class BlockedConvolutions:
     per_layout: float = 11e6
     per_point: float = 400.0
     per_moved: float = 750.0
+    per_moved_at_pool: float = 100.0
     per_call: float = 600e3
     per_passed: float = 250.0
     per_pooled: float = 300.0
@@ -138,7 +142,9 @@ class BlockedConvolutions:
         blocked = self._is_blocked(layer, inputs)
         return blocked and (layer.is_depthwise or inputs >= self.block), blocked
 
-    def moving(self, channels: int, positions: int) -> float:
+    def moving(self, channels: int, positions: int, *, at_pool: bool = False) -> float:
+        if at_pool:
+            return (self.per_call + self.per_moved_at_pool * channels * positions) * PICOSECOND
         return self.per_moved * self._blocks(channels) * positions * PICOSECOND
 
     def passing(self, entries: int) -> float:
@@ -183,7 +189,7 @@ class Multiples:
     def packed(self, layer: Layer, inputs: int, outputs: int) -> tuple[bool, bool]:
         return False, False
 
-    def moving(self, channels: int, positions: int) -> float:
+    def moving(self, channels: int, positions: int, *, at_pool: bool = False) -> float:
         return 0.0
 
     def passing(self, entries: int) -> float:

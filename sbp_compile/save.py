@@ -127,7 +127,9 @@ def _write_onnx(output: _Output, path: Path) -> FileProof | None:
     del model  # the runtime has weights of its own
     if not output.references:
         return None
-    return FileProof(*verify_onnx(path, output.references, output.program, output.names, output.cause))
+    return FileProof(
+        *verify_onnx(path, output.references, output.program, output.names, output.cause, output.dtype)
+    )
 
 
 def _write_int8(output: _Output, model: onnx.ModelProto, path: Path, examples: Path) -> FileProof | None:

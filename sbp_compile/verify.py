@@ -26,6 +26,7 @@ from passes.ir.program import Origin, Program
 from sbp_compile.capture.call import Call
 from sbp_compile.capture.export import quiet_export
 from sbp_compile.capture.program import read_constants
+from sbp_compile.emit.module import emit_graph_module
 from sbp_compile.errors import UnsupportedModelError, VerificationError
 
 FLOAT64_TOLERANCE = 1e-12
@@ -302,10 +303,12 @@ def verify_onnx(
     small: Program,
     names: Sequence[str | None],
     cause: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[float, float, tuple[str, ...]]:
     """Return (largest error, its tolerance, providers) of a file in onnxruntime.
 
-    `cause`: where the values part, for the message (None: it is looked for).
+    `cause`: where the values part, for the message (None: it is looked for). `dtype`: what the file computes in (None:
+    the network's own).
     On the CPU, and on CUDA (TF32 off) where its provider is there. `VerificationError` outside the tolerance.
     """
     providers = ["CPUExecutionProvider"]
@@ -328,8 +331,43 @@ def verify_onnx(
             return cause or _first_onnx_difference(path, small, inputs)
 
         found.append(verify_file(run_one, references, names, f"onnxruntime ({provider})", locate))
+        _refuse_zeros_made_infinite(run_one, small, references[0].inputs, names, dtype)
         used.append(provider)
     return max(error for error, _ in found), max(limit for _, limit in found), tuple(used)
+
+
+def _refuse_zeros_made_infinite(
+    run_one: Callable[[Sequence[Tensor]], list[Tensor]],
+    small: Program,
+    inputs: Sequence[Tensor],
+    names: Sequence[str | None],
+    dtype: torch.dtype | None,
+) -> None:
+    """Refuse a file that gives NaN or infinity for inputs of zeros where the network does not.
+
+    Random inputs never meet the number that keeps a quotient of zeros finite. How close the results are is not asked:
+    of equal values rounding decides.
+    """
+    zeros = tuple(torch.zeros_like(value) if has_fractions(value) else value for value in inputs)
+    try:
+        results = run_one(zeros)
+    except UnsupportedModelError:  # zeros may be no input that the network takes
+        return
+    if all(bool(torch.isfinite(result).all()) for result in results if has_fractions(result)):
+        return
+    with torch.no_grad():
+        rounded = emit_graph_module(small, dtype)(*zeros)
+    wanted = [position for position, name in enumerate(names) if name is not None]
+    exact = run(small, zeros)
+    for position, result in zip(wanted, results, strict=True):
+        both = exact[position], rounded[position]
+        if not all(has_fractions(value) for value in (*both, result)):
+            continue
+        if bool((~torch.isfinite(result) & torch.isfinite(both[0]) & torch.isfinite(both[1])).any()):
+            raise VerificationError(
+                f"output {names[position]!r} is NaN or infinite in onnxruntime for inputs of zeros, where the network "
+                "is not; write .pt2 instead, and please report this as a bug"
+            )
 
 
 @contextmanager

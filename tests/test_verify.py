@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import sbp_compile
 from passes import Program
+from sbp_compile.emit import onnx_file
 from sbp_compile.errors import VerificationError
 from sbp_compile.verify import (
     first_difference,
@@ -108,3 +109,35 @@ def test_onnxruntime_is_run_on_the_references(tmp_path: Path) -> None:
     )
     assert error <= tolerance == 1e-5
     assert "CPUExecutionProvider" in providers
+
+
+class Quotient(nn.Module):
+    """x over its largest entry, and a number that keeps a quotient of zeros finite."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.abs().amax(1, keepdim=True) + self.number)
+
+
+def test_a_file_that_divides_zeros_where_the_network_does_not_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_file, "keep_scalars", lambda program: program)
+    compiled = sbp_compile.compile(Quotient(1e-12), torch.randn(2, 4))
+    with pytest.raises(
+        VerificationError, match="'output' is NaN or infinite in onnxruntime for inputs of zeros"
+    ):
+        compiled.save(tmp_path / "small.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "options"), [(0.0, {}), (1e-50, {}), (1e-12, {"fp16": True})])
+def test_where_the_network_divides_zeros_itself_so_may_the_file(
+    number: float, options: dict[str, bool], tmp_path: Path
+) -> None:
+    compiled = sbp_compile.compile(Quotient(number), torch.randn(2, 4))
+    compiled.save(tmp_path / "small.onnx", **options)
+    assert (tmp_path / "small.onnx").exists()

@@ -74,9 +74,9 @@ class Measured:
         """As the table says."""
         return (False, False) if self.table is None else self.table.packed(layer, inputs, outputs)
 
-    def moving(self, channels: int, positions: int) -> float:
+    def moving(self, channels: int, positions: int, *, at_pool: bool = False) -> float:
         """As the table says."""
-        return 0.0 if self.table is None else self.table.moving(channels, positions)
+        return 0.0 if self.table is None else self.table.moving(channels, positions, at_pool=at_pool)
 
     def passing(self, entries: int) -> float:
         """As the table says."""

@@ -189,6 +189,17 @@ def test_channels_in_front_of_a_pool_fill_their_blocks():
     assert widths(compiled(plain, images(56))[1])[0] == (3, 20)
 
 
+def test_few_channels_in_front_of_a_pool_stay_few():
+    torch.manual_seed(0)
+    lenet = nn.Sequential(
+        *(nn.Conv2d(1, 20, 5), Mask(20, 3), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(20, 50, 5), Mask(50, 18), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(800, 300)),
+    ).double()
+    _, small = compiled(lenet, torch.randn(2, 1, 28, 28, dtype=torch.float64))
+    assert widths(small) == [(1, 3), (3, 18), (288, 300)]
+
+
 def test_an_average_over_everything_asks_for_no_blocks():
     averaged = chain((64,), (20,), kernel=1, shift=0.0)
     averaged.insert(3, nn.AdaptiveAvgPool2d(1))
