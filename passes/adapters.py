@@ -13,7 +13,7 @@ brings less than the sum has. The sweeps also carry c on into the sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -29,6 +29,9 @@ from passes.rules import rule_for
 from passes.rules.pointwise import Pointwise
 
 aten = torch.ops.aten
+
+COPYING = frozenset({aten.cat.default, aten.index_select.default})
+LONGEST_WALK = 256  # upwards through sums, for a question that is only about cost
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,24 +56,38 @@ class Adapter:
         """Whether there is an index that does not pass."""
         return self.index.numel() < program.infos[self.edge.source].sizes[self.edge.axis]
 
-    def copies(self, program: Program) -> Copied:
-        """What its gathers copy."""
-        sizes, axis = program.infos[self.edge.source].sizes, self.edge.axis
+    def copies(self, program: Program, cut: Container[fx.Node] = ()) -> Copied:
+        """What its gathers copy, where some values are `cut` for all their readers already."""
+        sizes, axis, source = program.infos[self.edge.source].sizes, self.edge.axis, self.edge.source
         runs = prod(sizes[1:axis]) * (sizes[axis] if self.edge.user is None else self.index.numel())
         times = 1 if self.edge.user is not None else 2
-        is_packed = self.edge.user is None or len(sizes) != 4 or not _is_joined(program, self.edge.source)
+        beside = [source] if self.edge.user is not None else _partners(program, source)
+        is_packed = len(sizes) != 4 or not any(_is_plain(program, value, cut) for value in beside)
         return Copied(times * runs, times * runs * prod(sizes[axis + 1 :]), is_packed)
 
 
-def _is_joined(program: Program, node: fx.Node) -> bool:
-    """Whether a value is a concatenation, or what elementwise operators make of one alone."""
-    while node.op == "call_function" and node.target is not aten.cat.default:
-        op = program.op(node)
-        variable = [x for x in op.operands if program.held(x) is None]
-        if len(variable) != 1 or not isinstance(rule_for(op), Pointwise):
-            return False
-        node = variable[0]
-    return node.op == "call_function"
+def _partners(program: Program, node: fx.Node) -> list[fx.Node]:
+    """What a value is added to, or combined with in another way, entry by entry."""
+    users = [user for user in node.users if _is_pointwise(program, user)]
+    return [other for user in users for other in user.all_input_nodes if other is not node]
+
+
+def _is_pointwise(program: Program, node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(rule_for(program.op(node)), Pointwise)
+
+
+def _is_plain(program: Program, node: fx.Node, cut: Container[fx.Node]) -> bool:
+    """Whether no layer gives a value as it is, packed in blocks: it was copied together, or is a sum with what was."""
+    pending, seen = [node], {node}
+    while pending and len(seen) < LONGEST_WALK:
+        value = pending.pop()
+        if value in cut or value.target in COPYING:
+            return True
+        if _is_pointwise(program, value):
+            fresh = [x for x in value.all_input_nodes if program.held(x) is None and x not in seen]
+            pending += fresh
+            seen.update(fresh)
+    return False
 
 
 def note(program: Program, adapter: Adapter) -> Note:

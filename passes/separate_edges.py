@@ -50,7 +50,9 @@ class SeparateEdges:
         macs = macs_by_node(program)
         for this in _layers(program):
             for adapters, saved in (_wasted_reads(program, this, macs), _wasted_rows(program, this, macs)):
-                if adapters and self.cost.gathers_pay([entry.copies(program) for entry in adapters], saved):
+                cut = {source for source, user in chosen if user is None}
+                copies = [entry.copies(program, cut) for entry in adapters]
+                if adapters and self.cost.gathers_pay(copies, saved):
                     chosen |= {(entry.edge.source, entry.edge.user): entry for entry in adapters}
         if not chosen:
             return Result(program, False)

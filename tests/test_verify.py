@@ -127,9 +127,7 @@ def test_a_file_that_divides_zeros_where_the_network_does_not_is_refused(
 ) -> None:
     monkeypatch.setattr(onnx_file, "keep_scalars", lambda program: program)
     compiled = sbp_compile.compile(Quotient(1e-12), torch.randn(2, 4))
-    with pytest.raises(
-        VerificationError, match="'output' is NaN or infinite in onnxruntime for inputs of zeros"
-    ):
+    with pytest.raises(VerificationError, match="is NaN or infinite in onnxruntime for inputs of zeros"):
         compiled.save(tmp_path / "small.onnx")
     assert not list(tmp_path.iterdir())
 

@@ -207,6 +207,28 @@ def test_a_gather_pays_sooner_where_channels_are_not_packed_anyway(joined):
     assert ((16, 32) in widths(small)) == joined
 
 
+class Downsampled(nn.Module):
+    """A sum of two layers of 64 channels, both masked, and a layer that reads some of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(8, 64, 7, padding=3), nn.Conv2d(8, 64, 5, padding=2)])
+        self.masks = nn.ModuleList([Mask(64, 16), Mask(64, 30)])
+        self.all, self.some, self.mask = nn.Conv2d(64, 16, 1), nn.Conv2d(64, 16, 1), Mask(64, 32)
+
+    def forward(self, x):
+        x = sum(mask(layer(x).relu()) for mask, layer in zip(self.masks, self.layers, strict=True))
+        return self.all(x), self.some(self.mask(x))
+
+
+def test_where_one_part_of_a_sum_is_cut_the_others_and_its_readers_cost_less():
+    small = check(Downsampled(), torch.randn(2, 8, 32, 32), cost=CountingModel())
+    first, second, everything, some = widths(small)
+    assert first[0] == 16
+    assert second[0] == 30
+    assert some[1] < everything[1]
+
+
 class Tokens(nn.Module):
     """x + W2 relu(W1 mask(x)), along the last axis of a sequence."""
 
