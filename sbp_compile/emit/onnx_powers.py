@@ -1,4 +1,4 @@
-"""Powers that roots and products give, which onnxruntime computes 7 to 20 times as fast as a power in general.
+"""Powers that roots and products give, which onnxruntime computes 6 to 20 times as fast as a power in general.
 
 Its Pow has a fast way for 2 and 3 alone (docs/results/powers.md). Local response norm asks for x^0.75. The results
 differ in rounding, and where x is minus infinity.
