@@ -202,20 +202,17 @@ def network_of(program: Program, coupling: Named, hopeful: bool = False) -> Netw
     found: list[Part] = []
     images: dict[fx.Node, int] = {}
     blocked: set[fx.Node] = set()
-    ways: list[Way] = []
     described = {this.op.node: this for this in layers(program)}
     for node in program.calls():
-        this = described.get(node)
-        part = _part(program, node, this, blocked, coupling)
+        part = _part(program, node, described.get(node), blocked, coupling)
         if part is not None:
-            if this is None or Layer.of(this).is_of_images:
+            if not isinstance(part, LayerPart) or part.layer.is_of_images:
                 images[node] = len(found)
                 blocked.add(node)
             found.append(part)
         elif _takes_any_layout(program, node, blocked, hopeful):
             blocked.add(node)
-    for node, number in images.items():
-        ways += _ways(program, node, number, images, blocked, coupling)
+    ways = [way for node in images for way in _ways(program, node, images, blocked, coupling)]
     free = {node for node in blocked if node.target in ALONG} | images.keys() | described.keys()
     return Network(
         found, ways, [_entries(program, node) for node in program.calls() if _moves(program, node, free)]
@@ -269,13 +266,12 @@ def _entries(program: Program, node: fx.Node) -> int:
 def _ways(
     program: Program,
     node: fx.Node,
-    number: int,
     images: Mapping[fx.Node, int],
     blocked: set[fx.Node],
     coupling: Named,
 ) -> Iterator[Way]:
     """The ways into a part of images, and the one out of it to anything that is none."""
-    first = node.args[0]
+    number, first = images[node], node.args[0]
     for operand in (first,) if isinstance(first, fx.Node) else program.op(node).operands:
         giver = images.get(_source(operand, blocked))
         yield Way(giver, number, *_channels_and_positions(program, operand, coupling))

@@ -46,14 +46,15 @@ class SeparateEdges:
     name: str = "separate_edges"
 
     def __call__(self, program: Program) -> Result:
+        cut: set[fx.Node] = set()
         chosen: dict[tuple[fx.Node, fx.Node | None], Adapter] = {}
         macs = macs_by_node(program)
         for this in _layers(program):
             for adapters, saved in (_wasted_reads(program, this, macs), _wasted_rows(program, this, macs)):
-                cut = {source for source, user in chosen if user is None}
                 copies = [entry.copies(program, cut) for entry in adapters]
                 if adapters and self.cost.gathers_pay(copies, saved):
                     chosen |= {(entry.edge.source, entry.edge.user): entry for entry in adapters}
+                    cut |= {entry.edge.source for entry in adapters if entry.edge.user is None}
         if not chosen:
             return Result(program, False)
         notes = tuple(note(program, adapter) for adapter in chosen.values())

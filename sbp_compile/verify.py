@@ -275,6 +275,11 @@ def described(node: fx.Node) -> str:
     return f"{node.name} ({node.target}{f' in {module}' if module else ''})"
 
 
+def _written(names: Sequence[str | None]) -> list[tuple[int, str]]:
+    """Return (position, name) of the outputs that a file has."""
+    return [(position, name) for position, name in enumerate(names) if name is not None]
+
+
 def verify_module(
     module: Callable[..., Any],
     call: Call,
@@ -286,7 +291,7 @@ def verify_module(
 
     `module` takes the original's call; `cause`: where the values part, for the message.
     """
-    positions = [position for position, name in enumerate(names) if name is not None]
+    positions = [position for position, _ in _written(names)]
 
     def run_one(inputs: Sequence[Tensor]) -> list[Tensor]:
         args, kwargs = call.nest_arguments(inputs)
@@ -357,15 +362,14 @@ def _refuse_zeros_made_infinite(
         return
     with torch.no_grad():
         rounded = emit_graph_module(small, dtype)(*zeros)
-    wanted = [position for position, name in enumerate(names) if name is not None]
     exact = run(small, zeros)
-    for position, result in zip(wanted, results, strict=True):
+    for (position, name), result in zip(_written(names), results, strict=True):
         both = exact[position], rounded[position]
         if not all(has_fractions(value) for value in (*both, result)):
             continue
         if bool((~torch.isfinite(result) & torch.isfinite(both[0]) & torch.isfinite(both[1])).any()):
             raise VerificationError(
-                f"output {names[position]!r} is NaN or infinite in onnxruntime for inputs of zeros, where the network "
+                f"output {name!r} is NaN or infinite in onnxruntime for inputs of zeros, where the network "
                 "is not; write .pt2 instead, and please report this as a bug"
             )
 
@@ -408,9 +412,8 @@ def _file_errors(
     reference: Reference, results: Sequence[Tensor], names: Sequence[str | None]
 ) -> list[tuple[str, float, float]]:
     """Return (name, error, tolerance) of each output."""
-    wanted = [(position, name) for position, name in enumerate(names) if name is not None]
     found = []
-    for (position, name), result in zip(wanted, results, strict=True):
+    for (position, name), result in zip(_written(names), results, strict=True):
         own, exact = reference.own[position], reference.exact[position]
         others = [exact, *(other[position] for other in reference.shifted)]
         error = output_error(own, result, others) if own.dtype == result.dtype else float("inf")

@@ -20,8 +20,9 @@ from torch.export import Dim
 
 from passes.ir import schema
 from passes.ir.analysis import size_source
-from passes.ir.cost import CONTRACTIONS, TRANSPOSED
 from passes.ir.program import Input, Program, TensorInfo
+from passes.rules.layer import SPATIAL_RANK
+from passes.rules.window import ADAPTIVE_MEAN_POOLS, MEAN_POOLS
 from sbp_compile.capture.export import quiet_export
 from sbp_compile.capture.interface import Interface
 from sbp_compile.emit.module import emit_graph_module
@@ -34,17 +35,7 @@ from sbp_compile.emit.opsets import EXPORTED, lowered, nearest, opset_of, withou
 from sbp_compile.errors import UnsupportedModelError, UsageError
 from sbp_compile.output_options import OPSET
 
-aten = torch.ops.aten
-
 LARGEST_EMBEDDED = 2_000_000_000
-AVERAGE_POOLS = frozenset({aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default})
-ADAPTIVE_AVERAGE_POOLS = frozenset(
-    {
-        aten.adaptive_avg_pool1d.default,
-        aten.adaptive_avg_pool2d.default,
-        aten.adaptive_avg_pool3d.default,
-    }
-)
 
 
 def onnx_model(
@@ -89,8 +80,8 @@ def onnx_model(
 def _averages(program: Program) -> bool:
     """Whether windows are averaged: onnxruntime's kernel for AveragePool from opset 19 on is five times slower."""
     return any(
-        node.target in AVERAGE_POOLS
-        or (node.target in ADAPTIVE_AVERAGE_POOLS and set(program.op(node).args["output_size"]) != {1})
+        node.target in MEAN_POOLS
+        or (node.target in ADAPTIVE_MEAN_POOLS and set(program.op(node).args["output_size"]) != {1})
         for node in program.calls()
     )
 
@@ -98,8 +89,7 @@ def _averages(program: Program) -> bool:
 def _refuse_groups_of_examples(program: Program) -> None:
     """Refuse convolutions that have a kernel for each example: in ONNX the number of groups is fixed."""
     for node in program.calls():
-        layer = node.target in CONTRACTIONS | TRANSPOSED
-        if layer and isinstance(schema.bind(node).get("groups"), fx.Node):
+        if node.target in SPATIAL_RANK and isinstance(schema.bind(node).get("groups"), fx.Node):
             raise UnsupportedModelError(
                 f"{node.name} has as many groups as the batch has examples, and ONNX wants a fixed number: "
                 "compile with dynamic_batch=False, or write .pt2"

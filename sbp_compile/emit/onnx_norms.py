@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from sbp_compile.emit.onnx_names import fresh_name
+
 RANK = 4
 
 
@@ -67,9 +69,5 @@ def _replace(add: gs.Node, x: gs.Tensor, scale: np.ndarray, shift: np.ndarray, t
     parts = {"scale": scale, "shift": shift, "mean": np.zeros_like(scale), "variance": np.ones_like(scale)}
     constants = []
     for label, values in parts.items():
-        name = f"{add.outputs[0].name}.{label}"
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        constants.append(gs.Constant(name, values))
+        constants.append(gs.Constant(fresh_name(f"{add.outputs[0].name}.{label}", taken), values))
     add.op, add.attrs, add.inputs = "BatchNormalization", {"epsilon": 0.0}, [x, *constants]

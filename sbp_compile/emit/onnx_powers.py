@@ -6,10 +6,10 @@ differ in rounding, and where x is minus infinity.
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import onnx_graphsurgeon as gs
+
+from sbp_compile.emit.onnx_names import fresh_name
 
 STEPS: dict[float, tuple[tuple[str, tuple[int, ...]], ...]] = {
     0.25: (("Sqrt", (0,)), ("Sqrt", (1,))),
@@ -58,10 +58,7 @@ def _replace(
         if position == len(steps):
             values.append(result)
         else:
-            name = next(
-                name for n in itertools.count(position) if (name := f"{result.name}.{n}") not in taken
-            )
-            taken.add(name)
+            name = fresh_name(f"{result.name}.{position}", taken)
             values.append(gs.Variable(name, dtype=result.dtype, shape=result.shape))
         inputs = [values[operand] for operand in operands]
         graph.nodes.append(

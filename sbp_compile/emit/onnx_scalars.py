@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from passes.ir.program import Program
-from passes.ir.rewriter import Rewriter
+from passes.ir.rewriter import Rewriter, with_replaced
 
 aten = torch.ops.aten
 
@@ -31,18 +31,7 @@ MARGIN = 1e-4  # wider than the optimiser's: what is kept for nothing costs noth
 
 def keep_scalars(program: Program) -> Program:
     """Return the Program with such numbers written so that the exporter keeps them."""
-    rewriter, found = Rewriter(program), False
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            rewriter.placeholder(node)
-        elif node.op == "call_function":
-            kept = _clamp(rewriter, node) or _kept(program, rewriter, node)
-            found |= kept is not None
-            rewriter.env[node] = rewriter.copy(node) if kept is None else kept
-    if not found:
-        return program
-    rewriter.output()
-    return rewriter.finish()
+    return with_replaced(program, lambda rewriter, node: _clamp(rewriter, node) or _kept(rewriter, node))
 
 
 def _clamp(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
@@ -54,8 +43,9 @@ def _clamp(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
     return rewriter.call(node.target, (*rewriter.map(node.args[:1]), *floats), like=node)
 
 
-def _kept(program: Program, rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
+def _kept(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
     """The same call with its scalars as tensors of shape (1,); None where there is none that is in danger."""
+    program = rewriter.program
     neutral, info = NEUTRAL.get(node.target), program.infos.get(node)
     if neutral is None or info is None or not info.dtype.is_floating_point:
         return None

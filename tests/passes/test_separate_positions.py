@@ -7,6 +7,7 @@ from torch import nn
 
 from passes import CountingModel, FewestCalls, default_pipeline
 from tests.passes.support import assert_same, capture, shapes_of, targets_of
+from tests.passes.test_separate_edges import Free
 from tests.passes.test_shrinking import Mask
 
 LENGTH, WIDTH = 6, 8
@@ -15,13 +16,6 @@ LENGTH, WIDTH = 6, 8
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-class Free(CountingModel):
-    """A cost model to which gathers cost nothing."""
-
-    def gathers_pay(self, copies, saved_macs):
-        return saved_macs > 0
 
 
 class Attention(nn.Module):
