@@ -46,6 +46,7 @@ LAYERS = (
     "sbp_compile.errors",
     "sbp_compile.atomic",
     "sbp_compile.output_options",
+    "sbp_compile.sharding",
     "sbp_compile.timing",
     "sbp_compile.capture",
     "sbp_compile.emit",

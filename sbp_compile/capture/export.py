@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
 from sbp_compile.errors import BatchPinnedWarning, InputError, UnsupportedModelError, UsageError
+from sbp_compile.sharding import has_shards
 
 DynamicBatch = bool | Literal["require"]
 
@@ -52,6 +53,11 @@ def export_module(
     if not isinstance(args, tuple):
         raise InputError(
             f"args (={type(args).__name__}) must be a tuple of the module's positional arguments"
+        )
+    if has_shards(module):
+        raise UnsupportedModelError(
+            "the model is sharded over several processes: load its full state dict (get_model_state_dict of "
+            "torch.distributed.checkpoint.state_dict) into a whole one, and give that"
         )
     kwargs = dict(kwargs or {})
     with evaluating(module), torch.no_grad(), quiet_export():

@@ -37,13 +37,7 @@ def bmrs_n(*, spread: float = 1e-6, offset: float = CODES_OFFSET) -> Criterion:
     of the log range is ever pruned. `spread` is the reduced prior's width in log theta (the code's 1e-6).
     """
     _check_number("spread", spread, above=0.0)
-    return lambda layer: (
-        ~(
-            evidence_gain_n(layer.mu.detach(), layer.log_sigma.detach(), *layer.log_range, spread=spread)
-            + offset
-            >= 0
-        )
-    )
+    return lambda layer: ~(evidence_gain_n(*_detached(layer), *layer.log_range, spread=spread) + offset >= 0)
 
 
 def bmrs_u(bits: float = 8.0) -> Criterion:
@@ -56,9 +50,7 @@ def bmrs_u(bits: float = 8.0) -> Criterion:
     if bits >= 23:
         raise NoiseArgumentError(f"`bits` (={bits}) must be below 23, the bits of a float32 number")
     high = -bits * math.log(2)
-    return lambda layer: (
-        ~(evidence_gain_u(layer.mu.detach(), layer.log_sigma.detach(), *layer.log_range, high=high) >= 0)
-    )
+    return lambda layer: ~(evidence_gain_u(*_detached(layer), *layer.log_range, high=high) >= 0)
 
 
 def prune(
@@ -85,6 +77,11 @@ def prune(
         found[name].switch_off(~mask)
         set_threshold(found[name], threshold)
     return {name: int(found[name].mask().sum()) for name in wanted}
+
+
+def _detached(layer: LogNormalNoise) -> tuple[Tensor, Tensor]:
+    mu, log_sigma = layer.whole_parameters()
+    return mu.detach(), log_sigma.detach()
 
 
 def _check_number(name: str, value: float, *, least: float = -math.inf, above: float = -math.inf) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sbp_compile.nn.layout import Layout, NotMeasuredError, declared_layout, measured_layouts
 from sbp_compile.nn.noise import LogNormalNoise, NoiseArgumentError
+from sbp_compile.sharding import has_shards
 
 Selector = type[nn.Module] | str | Callable[[str, nn.Module], bool]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -79,8 +80,9 @@ def insert_noise(
 
     Modules that already have noise there are left out, so a second call changes nothing. Raises NoiseArgumentError,
     having changed nothing, where a name matches no module or nothing matches, a module chosen by its full name
-    cannot take noise, or none of the matching modules can.
+    cannot take noise, none of the matching modules can, or the model is sharded already.
     """
+    _refuse_shards(module, "put the noise in")
     selectors = _selectors(where)
     chosen = _chosen(module, selectors, before)
     measured = None
@@ -114,8 +116,9 @@ def insert_noise(
 def remove_noise(module: nn.Module) -> tuple[str, ...]:
     """Take out all that `insert_noise` put in; returns the names of the modules it stood at.
 
-    Noise layers that are part of the model's own code stay.
+    Noise layers that are part of the model's own code stay. Raises NoiseArgumentError for a sharded model.
     """
+    _refuse_shards(module, "take the noise out")
     found = []
     for name, part in list(module.named_modules()):
         handles = vars(part).pop(_HANDLES, {})
@@ -125,6 +128,11 @@ def remove_noise(module: nn.Module) -> tuple[str, ...]:
         if handles:
             found.append(name)
     return tuple(found)
+
+
+def _refuse_shards(module: nn.Module, what: str) -> None:
+    if has_shards(module):
+        raise NoiseArgumentError(f"the model is sharded already: {what} before fully_shard")
 
 
 _HAS_NOISE = "it has noise there already"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sbp_compile.errors import UsageError
 from sbp_compile.nn import sampling, truncated
+from sbp_compile.sharding import is_sharded, sharded_modules, whole
 
 LayerNumbers = Mapping[str, float] | Sequence[float]
 """One number for each noise layer: in the order of `noise_layers`, or by name."""
@@ -40,8 +41,11 @@ class LogNormalNoise(nn.Module):
     the units that are left the same noise.
     Statistics and their gradients are finite for finite parameters; |log_sigma| saturates at 80. The device
     must have float64.
+    Where `fully_shard` has sharded the parameters, statistics are those of all features in each process, and all
+    processes must ask for them together.
 
-    Raises NoiseArgumentError (a ValueError) for arguments out of range and for inputs that do not fit.
+    Raises NoiseArgumentError (a ValueError) for arguments out of range, for inputs that do not fit, and for sharded
+    parameters outside the forward of the module that was sharded.
     """
 
     def __init__(
@@ -80,6 +84,11 @@ class LogNormalNoise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply `x` by a sample of theta (train mode) or by its masked mean (eval mode)."""
         dim = self._feature_dim(x)
+        if is_sharded(self.mu):
+            raise NoiseArgumentError(
+                "the noise layer was called while its parameters are sharded: call the module that fully_shard was "
+                "applied to, which gathers them"
+            )
         theta = self._sample(x, dim) if self.training else self._masked_mean()
         shape = [1] * x.ndim
         shape[0], shape[dim] = theta.shape[0], self.num_features
@@ -106,8 +115,22 @@ class LogNormalNoise(nn.Module):
 
     def kl(self) -> Tensor:
         """KL(q(theta) || p(theta)) in nats, summed over the features: a scalar in the parameters' dtype."""
-        divergence = truncated.divergence(self.mu, self.log_sigma, *self.log_range)
+        divergence = truncated.divergence(*self.whole_parameters(), *self.log_range)
         return self._without_off(divergence).sum().to(self.mu.dtype)
+
+    def whole_parameters(self) -> tuple[Tensor, Tensor]:
+        """`mu` and `log_sigma`, shape (num_features,) each, gathered where they are sharded.
+
+        Raises NoiseArgumentError where this process has only a part of them and cannot gather the rest.
+        """
+        mu, log_sigma = whole(self.mu), whole(self.log_sigma)
+        for name, value in (("mu", mu), ("log_sigma", log_sigma)):
+            if value.shape != (self.num_features,):
+                raise NoiseArgumentError(
+                    f"`{name}` has shape {tuple(value.shape)} instead of ({self.num_features},): shard with "
+                    "torch.distributed.fsdp.fully_shard, not with FullyShardedDataParallel"
+                )
+        return mu, log_sigma
 
     def switch_off(self, units: Tensor) -> None:
         """Switch the features off at which `units`, bool (num_features,), is set; they stay off.
@@ -142,7 +165,7 @@ class LogNormalNoise(nn.Module):
         )
 
     def _moments(self) -> truncated.Moments:
-        return truncated.moments(self.mu, self.log_sigma, *self.log_range)
+        return truncated.moments(*self.whole_parameters(), *self.log_range)
 
     def _kept(self, moments: truncated.Moments) -> Tensor:
         # "not below" rather than "above": a NaN must never prune.
@@ -181,7 +204,7 @@ def _make_room(layer: nn.Module, state: dict[str, Any], prefix: str, *_: object)
     """Before a state is loaded: buffers for the units that are off or gone in it, none if none are."""
     assert isinstance(layer, LogNormalNoise)
     off, survivors = state.get(f"{prefix}off"), state.get(f"{prefix}survivors")
-    layer.off = None if off is None else torch.zeros_like(layer.mu, dtype=torch.bool)
+    layer.off = None if off is None else torch.zeros(layer.mu.shape, dtype=torch.bool, device=layer.mu.device)
     layer.survivors = None if survivors is None else survivors.to(layer.mu.device, copy=True)
     layer._drawn = None if layer.survivors is None else layer.survivors.nonzero().flatten()
 
@@ -201,14 +224,31 @@ def kl_divergence(module: nn.Module, weights: LayerNumbers | None = None) -> Ten
 
     The loss is mean cross-entropy + this / number of training examples: the paper's lower bound, per example.
     `weights` multiplies each layer's: one number per layer, in order or by name. Layers may lie on several
-    devices; the sum is on the first one's. Raises NoiseArgumentError where `weights` does not fit the layers.
+    devices; the sum is on the first one's. After `fully_shard` it is to be called behind the forward, as `elbo_loss`
+    is: torch adds gradients of shards in that order. Raises NoiseArgumentError where `weights` does not fit the layers,
+    or a part of the model is sharded and a noise layer is not.
     """
     layers = named_noise_layers(module)
+    _return_to_shards(module, layers)
     scales = dict.fromkeys(layers, 1.0) if weights is None else by_layer(module, "weights", weights)
     divergences = [scales[name] * layer.kl() for name, layer in layers.items() if scales[name]]
     if not divergences:
         return torch.zeros(())
     return torch.stack([kl.to(divergences[0].device) for kl in divergences]).sum()
+
+
+def _return_to_shards(module: nn.Module, layers: Mapping[str, LogNormalNoise]) -> None:
+    """Give back what `fully_shard` gathered in part (`reshard_after_forward=2`): gradients to that would be lost."""
+    parts = sharded_modules(module)
+    for name, layer in layers.items() if parts else ():
+        owners = [part for part in parts if not part or f"{name}.".startswith(f"{part}.")]
+        if not owners:
+            raise NoiseArgumentError(
+                f"the noise layer {name!r} is in none of the modules that are sharded, so that each process would "
+                "learn its own: apply fully_shard to the whole model, too, and give that model"
+            )
+        if is_sharded(layer.mu):
+            parts[max(owners, key=len)].reshard()
 
 
 def set_threshold(module: nn.Module, value: float | LayerNumbers) -> None:

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbp_compile.nn.noise import LayerNumbers, NoiseArgumentError, kl_divergence, noise_layers
+from sbp_compile.nn.noise import (
+    LayerNumbers,
+    NoiseArgumentError,
+    kl_divergence,
+    named_noise_layers,
+    noise_layers,
+)
+from sbp_compile.sharding import has_shards, is_sharded
 
 # The authors clip both parameters to this range before every use (group-sparsity-sbp, nets/layers.py).
 AUTHORS_RANGE = (-20.0, 5.0)
@@ -28,9 +35,11 @@ def elbo_loss(
     `kl_weight` is 1 and `nll` the negative log-likelihood in nats: one number per example, or their mean.
     `num_examples`: how many the whole training set has (not the batch; on several machines, all of them together).
     `layer_weights`: one factor on each noise layer's KL, in order or by name (`mac_kl_weights` gives some).
-    In several processes each computes the same KL and gradients are averaged, so it counts once.
+    In several processes each computes the same KL and gradients are averaged, so it counts once; after `fully_shard`
+    it is the KL of the whole noise, too, and each process learns its shard of it.
 
-    Raises NoiseArgumentError for a count below 1, a weight below 0, or weights that do not fit the layers.
+    Raises NoiseArgumentError for a count below 1, a weight below 0, weights that do not fit the layers, or noise layers
+    outside of what is sharded.
     """
     if isinstance(num_examples, bool) or not num_examples >= 1:
         raise NoiseArgumentError(f"`num_examples` (={num_examples!r}) must be at least 1")
@@ -41,7 +50,12 @@ def elbo_loss(
 
 
 def variational_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """`mu` and `log_sigma` of every noise layer of `module`, each parameter once, in order."""
+    """`mu` and `log_sigma` of every noise layer of `module`, each parameter once, in order.
+
+    After `fully_shard` they are the shards. Raises NoiseArgumentError while they are not: where a forward has left
+    them gathered, or the noise was left out.
+    """
+    _check_shards(module)
     found = {id(p): p for layer in noise_layers(module) for p in (layer.mu, layer.log_sigma)}
     return list(found.values())
 
@@ -54,7 +68,7 @@ def parameter_groups(
     10 is the authors' factor. `options` (`weight_decay`, ...) are those of the weights' group; the noise is never
     decayed, for its prior is in the loss. Frozen parameters are left out, and a group without parameters is, too.
     Schedulers of torch scale each group's own rate, so the factor stays. Raises NoiseArgumentError for a rate or
-    factor that is not a positive number.
+    factor that is not a positive number, and as `variational_parameters` does.
     """
     for name, value in (("lr", lr), ("noise_factor", noise_factor)):
         if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
@@ -78,9 +92,22 @@ def clip_noise(
     """Put every noise parameter back into its range, in place: to be called after each optimiser step.
 
     The defaults are the authors'. They clip inside the graph, where a parameter that has left its range gets no
-    gradient any more and stays outside; here it comes back. The arithmetic of the layer needs no clipping.
+    gradient any more and stays outside; here it comes back. The arithmetic of the layer needs no clipping. Errors as
+    for `variational_parameters`.
     """
+    _check_shards(module)
     with torch.no_grad():
         for layer in noise_layers(module):
             layer.mu.clamp_(*mu)
             layer.log_sigma.clamp_(*log_sigma)
+
+
+def _check_shards(module: nn.Module) -> None:
+    if not has_shards(module):
+        return
+    for name, layer in named_noise_layers(module).items():
+        if not is_sharded(layer.mu):
+            raise NoiseArgumentError(
+                f"the noise layer {name!r} is not sharded while other parameters are: apply fully_shard to the whole "
+                "model, and call this before its forward, after the backward, or after reshard()"
+            )

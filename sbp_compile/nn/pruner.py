@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sbp_compile.nn.criteria import Criterion
 from sbp_compile.nn.noise import LogNormalNoise, NoiseArgumentError, named_noise_layers
-from sbp_compile.nn.removal import Removal, remove_off_units
+from sbp_compile.nn.removal import Removal, refuse_shards, remove_off_units
 
 
 class TrainingPruner:
@@ -41,6 +41,7 @@ class TrainingPruner:
         for name, value in (("every", every), ("patience", patience)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise NoiseArgumentError(f"`{name}` (={value!r}) must be an integer >= 1")
+        refuse_shards(module)
         self.module, self.example_inputs, self.kwargs = module, example_inputs, kwargs
         self.optimizer, self.every, self.patience = optimizer, every, patience
         self.criterion, self.remove = criterion, remove
@@ -49,6 +50,7 @@ class TrainingPruner:
 
     def epoch_end(self) -> Removal | None:
         """Count an epoch; returns what was removed, None where nothing was."""
+        refuse_shards(self.module)
         self.epochs += 1
         if self.epochs % self.every:
             return None

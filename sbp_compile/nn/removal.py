@@ -23,6 +23,7 @@ from sbp_compile.errors import UsageError, VerificationError
 from sbp_compile.nn.layout import run_once
 from sbp_compile.nn.noise import LogNormalNoise, named_noise_layers
 from sbp_compile.nn.removal_plan import Plan, plan_removal
+from sbp_compile.sharding import has_shards
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 _FROZEN = "frozen_inputs"
@@ -60,8 +61,9 @@ def remove_off_units(
     The module's output in eval mode on the example is compared before and after. Raises VerificationError where it
     changed or the module does not run any more (sizes written into its code), having put everything back;
     UnsupportedModelError where the module cannot be captured or uses parameters in train mode alone; UsageError for a
-    module wrapped for several processes.
+    module wrapped or sharded for several processes.
     """
+    refuse_shards(module)
     if isinstance(module, nn.parallel.DistributedDataParallel):
         raise UsageError("give the module inside DistributedDataParallel, and wrap it again afterwards")
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
@@ -91,8 +93,10 @@ def match_widths(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give a fresh model the widths of a state dict that was saved after units were removed, to load it then.
 
     Every parameter and buffer of another shape is replaced by an empty one. Raises UsageError where the state has
-    tensors of another rank, or none for a parameter of the model.
+    tensors of another rank, or none for a parameter of the model, and for a sharded model.
     """
+    if has_shards(module):
+        raise UsageError("the model is sharded already: give it the widths before fully_shard")
     change = _Change(module)
     for name, held in {**dict(module.named_parameters()), **dict(module.named_buffers())}.items():
         wanted = state.get(name)
@@ -112,6 +116,15 @@ def match_widths(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     change.settle_widths(Plan())
     for layer in named_noise_layers(module).values():
         layer.num_features = len(layer.mu)
+
+
+def refuse_shards(module: nn.Module) -> None:
+    """Raise UsageError for a module whose widths `fully_shard` has fixed."""
+    if has_shards(module):
+        raise UsageError(
+            "the module is sharded, which fixes its widths: switch units off with prune() while it trains, and remove "
+            "them from a whole model that has its state dict"
+        )
 
 
 _WITH_BIAS = (

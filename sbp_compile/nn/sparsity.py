@@ -80,7 +80,8 @@ def sparsity(
     """Tell what is left of a network with noise layers; nothing is changed.
 
     `costs`: made once with `NetworkCosts(module, example_inputs)`, it adds the multiply-adds that compilation would
-    leave under the masks of now. Raises nothing.
+    leave under the masks of now. After `fully_shard` all processes must ask together; `costs` are made before.
+    Raises nothing.
     """
     layers = []
     with torch.no_grad():
