@@ -2,7 +2,7 @@
 
     python tools/train.py lenet5 --dataset digits --seed 0 -o model.pt
     python tools/train.py --model package.module:factory --dataset cifar10 --method ssl -o model.pt
-    torchrun --nproc-per-node=2 tools/train.py lenet5 --dataset fashion-mnist -o model.pt
+    torchrun --nproc-per-node=2 tools/train.py lenet5 --dataset fashion-mnist -o model.pt  # --shard: FSDP2
 
 Writes the model file, which `python -m sbp_compile` takes, and beside it a log (.json), the checkpoint (.ckpt) and two
 figures (.curves.png, .units.png). A run that was interrupted goes on with --resume, from the last checkpoint, and
@@ -83,6 +83,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, help="examples in a step of the method (of all processes together)")
     add("--learning-rate", type=float, help="of the method, instead of the recipe's")
     add("--pressure", type=float, default=1.0, help="factor on all weights of the KL, or of the lasso")
+    add(
+        "--shard",
+        action="store_true",
+        help="each process of torchrun holds its part of the parameters (FSDP2)",
+    )
     add("--resume", action="store_true", help="go on where a run with the same options was stopped")
     add("--checkpoint-every", type=float, default=30.0, metavar="SECONDS")
     add("--no-figures", dest="figures", action="store_false")
@@ -198,7 +203,8 @@ def run(args: argparse.Namespace, console: Console, device: str, world: World) -
     recipe = choose_recipe(args, len(data.train_images))
     precision = choose_precision(args.precision, device)
     about, checkpoint = describe(args, recipe, precision), args.output.with_suffix(".ckpt")
-    state = first_state(args, about, device, checkpoint)
+    # With shards the whole state would not be for the device: each process takes its part to it.
+    state = first_state(args, about, "cpu" if world.shards else device, checkpoint)
     world.meet()  # nobody writes the checkpoint before all have read it
     labels = args.seed if args.random_labels else None
     task = Task(data, device=device, augment=recipe.augment, random_labels=labels)
@@ -229,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check(args)
             torch.set_num_threads(args.threads)
             device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            with joined(device) as world:
+            with joined(device, sharded=args.shard) as world:
                 run(args, Console(), device, world)
         except CompileError as error:
             print(f"train.py: {error}", file=sys.stderr)

@@ -17,14 +17,28 @@ from sbp_compile.errors import UsageError
 
 @dataclass(frozen=True)
 class World:
-    """The rank of this process, and how many there are."""
+    """The rank of this process, and how many there are; `sharded`: each is to hold its part of the parameters."""
 
     rank: int = 0
     size: int = 1
+    sharded: bool = False
+
+    @property
+    def shards(self) -> bool:
+        """Whether parameters are in parts: one process has them whole."""
+        return self.sharded and self.size > 1
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return what is called in training: gradients are averaged over the processes in its backward pass."""
         return DistributedDataParallel(module) if self.size > 1 else module
+
+    def agree(self, due: bool, device: torch.device) -> bool:
+        """Whether to write a checkpoint: the first process says so; where there are shards, to all of them."""
+        if not self.shards:
+            return due and self.rank == 0
+        answer = torch.tensor([int(due)], device=device)
+        distributed.broadcast(answer, 0)
+        return bool(answer)
 
     def meet(self) -> None:
         """Wait for the others."""
@@ -53,7 +67,7 @@ class World:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[World]:
+def joined(device: str, *, sharded: bool = False) -> Iterator[World]:
     """Join the processes that torchrun started, by gloo on CPUs and nccl on GPUs; alone without torchrun."""
     if "WORLD_SIZE" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         yield World()
@@ -67,6 +81,6 @@ def joined(device: str) -> Iterator[World]:
         torch.cuda.set_device(local)
     distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        yield World(distributed.get_rank(), distributed.get_world_size())
+        yield World(distributed.get_rank(), distributed.get_world_size(), sharded)
     finally:
         distributed.destroy_process_group()

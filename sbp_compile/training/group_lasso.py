@@ -16,6 +16,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sbp_compile.sharding import part_of, whole
+
 ZeroGroups = Mapping[str, tuple[Tensor, ...]]
 _LASSOED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -44,15 +46,17 @@ def penalty(module: nn.Module) -> Tensor:
 def shrink_groups(module: nn.Module, amount: float) -> None:
     """Take `amount` times the root of its size off the norm of every group, in place; groups with less become zero."""
     for weight in lassoed_weights(module).values():
+        held = whole(weight)
         for axis in (0, 1):
-            _shrink(weight, group_norms(weight)[axis], axis, amount * _root(weight, axis))
+            _shrink(held, group_norms(held)[axis], axis, amount * _root(held, axis))
+        _put_back(held, weight)
 
 
 @torch.no_grad()
 def zero_groups(module: nn.Module) -> ZeroGroups:
     """Tell for each layer which rows and which columns are zero: bool (outputs,) and (inputs,)."""
     return {
-        name: tuple(norms == 0 for norms in group_norms(weight))
+        name: tuple(norms == 0 for norms in group_norms(whole(weight)))
         for name, weight in lassoed_weights(module).items()
     }
 
@@ -61,8 +65,15 @@ def zero_groups(module: nn.Module) -> ZeroGroups:
 def clear_groups(module: nn.Module, zero: ZeroGroups) -> None:
     """Make those groups zero again, in place."""
     for name, weight in lassoed_weights(module).items():
+        held = whole(weight)
         for axis, gone in enumerate(zero[name]):
-            weight.masked_fill_(_along(gone, axis, weight), 0.0)
+            held.masked_fill_(_along(gone, axis, held), 0.0)
+        _put_back(held, weight)
+
+
+def _put_back(held: Tensor, weight: Tensor) -> None:
+    if held is not weight:
+        weight.copy_(part_of(held, weight))
 
 
 def _along(values: Tensor, axis: int, weight: Tensor) -> Tensor:

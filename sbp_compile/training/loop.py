@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sbp_compile.capture.export import map_tensors
 from sbp_compile.errors import UsageError
 from sbp_compile.training.checkpoint import State, write_state
 from sbp_compile.training.distributed import World
+from sbp_compile.training.learner import make_learner
 from sbp_compile.training.methods import Method, Pretraining, make_method
 from sbp_compile.training.networks import dense_network
 from sbp_compile.training.recipes import Phase, Recipe
@@ -154,6 +156,8 @@ class _Training:
         if self.state.phase == 0:
             self._phase("dense", Pretraining(dense, self.task.example), self.recipe.dense)
             self.state.dense = dense.state_dict()
+            if self.conditions.world.shards:
+                self.state.dense = map_tensors(Tensor.cpu, dict(self.state.dense))
             self._next_phase()
         dense.load_state_dict(self.state.dense)
         self.conditions.world.seed(self.conditions.seed, 1, 0)
@@ -171,6 +175,8 @@ class _Training:
     def _pruned(self, dense: nn.Module) -> Method:
         settings = self.recipe.settings(self.name)
         method = make_method(dense, self.task.example, settings)
+        if self.conditions.world.shards:  # the device is for what trains
+            dense.to("cpu")
         self._phase(self.name, method, settings.phase)
         return method
 
@@ -178,6 +184,7 @@ class _Training:
         self.state.module, self.state.finished = method.module.state_dict(), True
         self._save()
         task, network = self.task, method.network()
+        dense.to(task.device)
         kept, ratio = method.left()
         return Result(
             dense,
@@ -201,11 +208,14 @@ class _Training:
             steps.restore(self.state)
         steps.run()
         steps.store(self.state)
+        steps.learner.finish()
 
     def save_if_due(self, steps: _Steps) -> None:
         """Write a checkpoint where the last one is old enough."""
+        if self.conditions.checkpoint is None:
+            return
         due = time.perf_counter() - self.saved >= self.conditions.checkpoint_s
-        if due and self.conditions.checkpoint is not None and self.conditions.world.rank == 0:
+        if self.conditions.world.agree(due, self.task.device):
             steps.store(self.state)
             self._save()
 
@@ -219,25 +229,25 @@ class _Steps:
     """One phase: a module, its optimiser, and the steps that are left."""
 
     def __init__(self, owner: _Training, name: str, method: Method, phase: Phase) -> None:
-        self.owner, self.name, self.method, self.phase = owner, name, method, phase
+        self.owner, self.name, self.phase = owner, name, phase
         self.task, self.state = owner.task, owner.state
         self.world, self.seed = owner.conditions.world, owner.conditions.seed
-        groups = method.groups(phase.learning_rate)
+        self.learner = make_learner(method, self.world, self.task.example)
+        self.method = self.learner.method
+        groups = self.method.groups(phase.learning_rate)
         self.rates = [group["lr"] for group in groups]
         self.optimizer = torch.optim.Adam(groups, betas=_BETAS)
         precision = owner.conditions.precision
         self.dtype = getattr(torch, precision) if precision != "float32" else None
         self.scaler = torch.amp.GradScaler(self.task.device.type, enabled=precision == "float16")
-        self.called = self.world.wrap(method.module)
         self.per_epoch = math.ceil(len(self.task.images) / phase.batch)
 
     def store(self, state: State) -> None:
-        state.module, state.optimizer = self.method.module.state_dict(), self.optimizer.state_dict()
+        state.module, state.optimizer = self.learner.state(self.optimizer)
         state.scaler = self.scaler.state_dict()
 
     def restore(self, state: State) -> None:
-        self.method.module.load_state_dict(state.module)
-        self.optimizer.load_state_dict(state.optimizer)
+        self.learner.load(self.optimizer, state.module, state.optimizer)
         if state.scaler:
             self.scaler.load_state_dict(state.scaler)
 
@@ -277,7 +287,7 @@ class _Steps:
         mine, factor = self.world.share(index)
         images, labels = self.task.batch(mine)
         with torch.autocast(self.task.device.type, self.dtype, enabled=self.dtype is not None):
-            logits = self.called(images)
+            logits = self.learner.called(images)
         nll = F.cross_entropy(logits.float(), labels) * factor
         loss = self.method.loss(nll, len(self.task.images), step, total)
         self.optimizer.zero_grad()
@@ -294,13 +304,15 @@ class _Steps:
         return value
 
     def _end(self, epoch: int) -> None:
+        with self.learner.whole() as method:
+            if self.world.rank == 0:
+                self._record(method, epoch)
+        self.state.losses = self.state.seconds = 0.0
+
+    def _record(self, method: Method, epoch: int) -> None:
         state = self.state
-        if self.world.rank == 0:
-            error = evaluate(self.method.network(), self.task.test_images, self.task.test_labels)
-            kept, ratio = self.method.left()
-            record = Epoch(
-                self.name, epoch, state.losses, self.method.divergence(), kept, ratio, error, state.seconds
-            )
-            self.owner.observer.epoch(record)
-            state.epochs.append(asdict(record))
-        state.losses = state.seconds = 0.0
+        error = evaluate(method.network(), self.task.test_images, self.task.test_labels)
+        kept, ratio = method.left()
+        record = Epoch(self.name, epoch, state.losses, method.divergence(), kept, ratio, error, state.seconds)
+        self.owner.observer.epoch(record)
+        state.epochs.append(asdict(record))

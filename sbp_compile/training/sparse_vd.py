@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbp_compile.errors import UsageError
+from sbp_compile.sharding import whole
 
 THRESHOLD = (
     3.0  # log alpha above which a weight is dropped (section 4.2 there: alpha = 20, dropout rate 0.95)
@@ -57,9 +58,9 @@ class SparseLayer(nn.Module):
         raise NotImplementedError
 
     def log_alpha(self) -> Tensor:
-        """Log of noise over signal, in [-8, 8], of the weight's shape."""
-        log_theta2: Tensor = 2 * (self.weight.abs() + _TINY).log()
-        return (self.log_sigma2 - log_theta2).clamp(-_LOG_ALPHA_RANGE, _LOG_ALPHA_RANGE)
+        """Log of noise over signal, in [-8, 8], of the weight's shape: whole where the layer is sharded."""
+        log_theta2: Tensor = 2 * (whole(self.weight).abs() + _TINY).log()
+        return (whole(self.log_sigma2) - log_theta2).clamp(-_LOG_ALPHA_RANGE, _LOG_ALPHA_RANGE)
 
     def kl(self) -> Tensor:
         """Sum over the weights, in nats."""

@@ -134,13 +134,16 @@ def test_shares_average_to_the_mean_of_the_batch(size, count):
 
 
 @pytest.mark.slow
-def test_torchrun_trains_and_another_number_of_processes_takes_over(idx_folder, tmp_path):
+@pytest.mark.parametrize("first", ["ddp", "shards"])
+def test_torchrun_trains_and_another_number_of_processes_takes_over(idx_folder, tmp_path, first):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     options = ["lenet500300", "--dataset", f"folder:{idx_folder}", "--dense-epochs", "1", "--epochs", "2"]
     options += ["--no-figures", "-o", str(tmp_path / "m.pt"), "--resume"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    for launch in ([*launcher, "2"], [], [*launcher, "3"]):
-        subprocess.run([sys.executable, *launch, TOOL, *options], check=True, env=environment)
+    launches = [([*launcher, "2", TOOL], 2), ([TOOL], 1), ([*launcher, "3", TOOL, "--shard"], 3)]
+    launches = launches if first == "ddp" else [([*launcher, "2", TOOL, "--shard"], 2), ([TOOL], 1)]
+    for launch, processes in launches:
+        subprocess.run([sys.executable, *launch, *options], check=True, env=environment)
         log = json.loads((tmp_path / "m.json").read_text())
         assert [epoch["phase"] for epoch in log["epochs"]] == ["dense", "sbp", "sbp"]
-        assert log["processes"] == (int(launch[-1]) if launch else 1)
+        assert log["processes"] == processes
