@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,8 +60,7 @@ class ShardedLearner(Learner):
         self._given, self._world, self._device = method, world, example.device
         _check(method.module)
         blocks = _blocks(method.module, example)
-        for value in method.module.state_dict().values():
-            distributed.broadcast(value, 0)
+        _spread(method.module.state_dict().values())
         method.module.to("cpu")
         self.method = copy.copy(method)
         self.method.module = self.called = copy.deepcopy(method.module)
@@ -96,9 +95,7 @@ class ShardedLearner(Learner):
     def finish(self) -> None:
         """Gather in every process."""
         state = self.called.state_dict()
-        for value in state.values():
-            if not is_sharded(value):
-                distributed.broadcast(value, 0)
+        _spread(value for value in state.values() if not is_sharded(value))
         self._given.module.load_state_dict({name: whole(value) for name, value in state.items()})
         self._given.module.to(self._device)
 
@@ -117,15 +114,24 @@ def make_learner(method: Method, world: World, example: Tensor) -> Learner:
 
 def _check(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
-        if not parameter.ndim:
+        if not parameter.ndim or not parameter.is_contiguous():
+            reason = "is not contiguous" if parameter.ndim else "is a single number"
             raise UsageError(
-                f"--shard: parameter {name!r} is a single number, which has no parts: train without --shard"
+                f"--shard: parameter {name!r} {reason}, so fully_shard does not take it: train without --shard"
             )
     dtypes = {str(parameter.dtype) for parameter in module.parameters()}
     if len(dtypes) > 1:
         raise UsageError(
             f"--shard: parameters are of several dtypes ({', '.join(sorted(dtypes))}): train without --shard"
         )
+
+
+def _spread(values: Iterable[Tensor]) -> None:
+    """Give every process what the first one has."""
+    for value in values:
+        sent = value.contiguous()
+        distributed.broadcast(sent, 0)
+        value.copy_(sent)
 
 
 def _shard(module: nn.Module, blocks: Sequence[str], device: str) -> None:

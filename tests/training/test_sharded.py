@@ -187,6 +187,7 @@ def test_noise_is_gathered_with_the_block_that_it_belongs_to(one_process, idx_fo
     ("value", "message"),
     [
         (torch.ones(()), "'scale' is a single number"),
+        (torch.ones(2, 3).T, "'scale' is not contiguous"),
         (torch.ones(2, dtype=torch.float64), "of several dtypes"),
     ],
 )
