@@ -32,13 +32,19 @@ def default_pipeline(
 ) -> Pipeline:
     """The passes in the order that the compiler runs them, until nothing changes.
 
-    `cost` decides what is cheaper where there is a choice (default: `CountingModel`, and with a tuner each of `COSTS`
-    is tried); `target` knows which widths run fast (default: none, the minimal network); `tuner` measures what the
-    target's table guesses, and which network is the fastest.
+    `cost` decides what is cheaper where there is a choice (default: `CountingModel`, whose maps give way to channels
+    where the target runs those faster, and with a tuner each of `COSTS` is tried); `target` knows which widths run fast
+    (default: none, the minimal network); `tuner` measures what the target's table guesses, and which network is the
+    fastest.
     """
     others = {} if cost is not None else {name: _passes(other) for name, other in COSTS.items()}
     return ChooseWidths(
-        _passes(cost or CountingModel()), name="default", target=target, tuner=tuner, alternatives=others
+        _passes(cost or CountingModel()),
+        name="default",
+        target=target,
+        tuner=tuner,
+        alternatives=others,
+        spares_maps=cost is None,
     )
 
 

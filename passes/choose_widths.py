@@ -7,7 +7,8 @@ Keeping more is always exact, so widths are a choice after the fact:
    other until nothing changes;
 3. pin as many of the removed channels and run the passes again. A constant channel keeps its constant, a dead one its
    weights; the facts stay what they are, and nothing reads more than it did;
-4. take the result if the target's estimate of the whole network fell; else the minimal network.
+4. take the result if the target's estimate of the whole network fell; else the minimal network;
+5. once more, for the constant maps that are left: a channel that fits into a block anyway stands for one at no cost.
 
 A tuner measures layers where a table guesses, and whole networks where the estimate judges.
 """
@@ -26,7 +27,7 @@ from passes.ir.analysis import analyze
 from passes.ir.pipeline import Callback, Note, Noted, Pass, Pipeline, Result, Step
 from passes.ir.program import Origin, Pins, Program
 from passes.ir.ties import ties
-from passes.network import Coupling, Network, Touched, layers, network_of, seconds
+from passes.network import Coupling, Network, Touched, layers, map_behind, network_of, seconds
 from passes.rules import rule_for
 from passes.rules.joining import joined_axis
 from passes.targets import Layer, Target
@@ -80,6 +81,8 @@ class ChooseWidths(Pipeline):
     watchers: tuple[Watcher, ...] = field(default=(), compare=False)
     alternatives: Mapping[str, tuple[Pass, ...]] = field(default_factory=dict, compare=False)
     """Passes that decide otherwise, for the tuner to choose from."""
+    spares_maps: bool = True
+    """Whether channels may stand where the passes would have a constant map."""
 
     def with_callback(self, callback: Callback, noted: Noted | None = None) -> Pipeline:
         return replace(self, watchers=(*self.watchers, (callback, noted or (lambda step: step))))
@@ -146,7 +149,20 @@ class ChooseWidths(Pipeline):
             ):
                 break
             best = wider
-        return best
+        return self._without_maps(program, best, pins, target) if passes is self.passes else best
+
+    def _without_maps(self, program: Program, best: Run, pins: Pins, target: Target) -> Run:
+        """The network with channels in place of constant maps, where the target's estimate of it is less."""
+        if not self.spares_maps or not any(
+            map_behind(best[0].program, node) for node in best[0].program.calls()
+        ):
+            return best
+        wanted = widths_of(best[0].program, program, target, maps=True).pins()
+        if not wanted:
+            return best
+        wider = self._run_all(self.passes, program.replace(pinned=_joined(pins, wanted)))
+        is_faster = seconds(wider[0].program, target) < seconds(best[0].program, target)
+        return wider if is_faster else best
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +180,7 @@ class Widths:
     """The widths of a minimal network's couplings, and where they could grow.
 
     `before`, `now`: channels of each coupling; `room`: where a coupling can grow; `concatenations`: the couplings that
-    make up another one.
+    make up another one; `maps`: whether a channel more may spare a constant map.
     """
 
     target: Target
@@ -172,6 +188,7 @@ class Widths:
     before: dict[Coupling, int]
     room: dict[Coupling, Room]
     concatenations: dict[Coupling, tuple[Coupling, ...]]
+    maps: bool = False
 
     def __post_init__(self) -> None:
         """Coordinate descent: each coupling in turn gets its best width, until none changes."""
@@ -197,8 +214,10 @@ class Widths:
         least = self.before[coupling]
         most = least + len(self.room[coupling].removed)
         others = (least, *self.target.widths(least), most)
+        if self.maps:
+            others = (*others, *self.target.widths(least + 1))
         now = self.now[coupling]
-        return [now, *(width for width in others if width <= most and width != now)]
+        return [now, *(width for width in sorted(others) if width <= most and width != now)]
 
     def _cost(self, touched: Touched, coupling: Coupling, width: int) -> float:
         held = self.now[coupling]
@@ -251,8 +270,11 @@ class Widths:
         return found
 
 
-def widths_of(minimal: Program, original: Program, target: Target) -> Widths:
-    """The best widths for a minimal network that passes made of `original`."""
+def widths_of(minimal: Program, original: Program, target: Target, maps: bool = False) -> Widths:
+    """The best widths for a minimal network that passes made of `original`.
+
+    `maps`: with what constant maps cost where a layer gets no more channels than it has.
+    """
     if minimal.analysis is None:
         minimal = minimal.replace(analysis=analyze(minimal, rule_for))
     tied = ties(minimal, rule_for)
@@ -266,7 +288,7 @@ def widths_of(minimal: Program, original: Program, target: Target) -> Widths:
     for this in layers(minimal):
         if Layer.of(this).is_depthwise:
             tied.tie((this.x, this.axis), (this.op.node, this.axis))
-    network = network_of(minimal, coupling, hopeful=True)
+    network = network_of(minimal, coupling, hopeful=True, maps=maps)
     room: dict[Coupling, Room] = {}
     concatenations: dict[Coupling, tuple[Coupling, ...]] = {}
     originals = original.by_origin()
@@ -281,7 +303,7 @@ def widths_of(minimal: Program, original: Program, target: Target) -> Widths:
             axis = joined_axis(minimal.op(node))
             parts = tuple(coupling(operand, axis) for operand in minimal.op(node).operands)
             concatenations[coupling(node, axis)] = parts
-    return Widths(target, network, before, room, concatenations)
+    return Widths(target, network, before, room, concatenations, maps)
 
 
 def _room(

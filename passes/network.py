@@ -7,7 +7,7 @@ onnxruntime 1.32 packs, and what it does along with a layer, was read from the g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -51,6 +51,7 @@ ANY_LAYOUT = (
 )
 """What onnxruntime runs on packed channels as well as on plain ones."""
 ALONG = ACTIVATIONS | {aten.add.Tensor}
+IMAGE_RANK = 4
 WINDOWS = frozenset({aten.max_pool2d.default, aten.avg_pool2d.default})
 VIEWS = frozenset({aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim})
 
@@ -128,12 +129,21 @@ class JoinedPart:
 
 @dataclass(frozen=True)
 class Way:
-    """From one part to another; None: from or to anything else. `positions`: of one example."""
+    """From one part to another; None: from or to anything else. `positions`: of one example.
+
+    `stands_for`: the channels that a layer at the beginning of it reads, and how many: with one more there will be no
+    constant map to add on the way; None where there is none.
+    """
 
     giver: int | None
     taker: int | None
     coupling: Coupling
     positions: int
+    stands_for: tuple[Coupling, int] | None = None
+
+    def has_map(self, width: Width) -> bool:
+        """Whether a constant map is added on it, to channels that are not packed."""
+        return self.stands_for is not None and width(self.stands_for[0]) <= self.stands_for[1]
 
 
 class Network:
@@ -172,10 +182,19 @@ class Network:
         total = 0.0 if touched else sum(map(target.passing, self.passed))
         total += sum(self.parts[number].seconds(target, width) for number in parts)
         for way in map(self.ways.__getitem__, ways):
-            gives, takes = self._packed(target, width, way.giver), self._packed(target, width, way.taker)
-            if gives[1] != takes[0]:
-                at_pool = any(isinstance(self._part(end), PoolPart) for end in (way.giver, way.taker))
-                total += target.moving(width(way.coupling), way.positions, at_pool=at_pool)
+            total += self._way_seconds(target, width, way)
+        return total
+
+    def _way_seconds(self, target: Target, width: Width, way: Way) -> float:
+        gives, takes = self._packed(target, width, way.giver)[1], self._packed(target, width, way.taker)[0]
+        channels, total = width(way.coupling), 0.0
+        moves = int(gives != takes)
+        if way.has_map(width):
+            moves = gives + takes
+            total += target.passing(channels * way.positions)
+        if moves:
+            at_pool = any(isinstance(self._part(end), PoolPart) for end in (way.giver, way.taker))
+            total += moves * target.moving(channels, way.positions, at_pool=at_pool)
         return total
 
     def _part(self, number: int | None) -> Part | None:
@@ -194,10 +213,11 @@ def layers(program: Program) -> Iterator[Contraction]:
             yield describe(op)
 
 
-def network_of(program: Program, coupling: Named, hopeful: bool = False) -> Network:
+def network_of(program: Program, coupling: Named, hopeful: bool = False, maps: bool = False) -> Network:
     """The parts of a Program, the ways from and to those of images, and what else it does with entries.
 
     `hopeful`: constants that are added count as if they were not there, since wider channels may stand for them.
+    `maps`: not so those behind layers of images, as long as these have no more channels.
     """
     found: list[Part] = []
     images: dict[fx.Node, int] = {}
@@ -212,7 +232,8 @@ def network_of(program: Program, coupling: Named, hopeful: bool = False) -> Netw
             found.append(part)
         elif _takes_any_layout(program, node, blocked, hopeful):
             blocked.add(node)
-    ways = [way for node in images for way in _ways(program, node, images, blocked, coupling)]
+    spared = {} if not maps else dict(_maps(program, described, images, coupling))
+    ways = [way for node in images for way in _ways(program, node, images, blocked, coupling, spared)]
     free = {node for node in blocked if node.target in ALONG} | images.keys() | described.keys()
     return Network(
         found, ways, [_entries(program, node) for node in program.calls() if _moves(program, node, free)]
@@ -225,7 +246,7 @@ def _part(
     if this is not None:
         return LayerPart(Layer.of(this), coupling(this.x, this.axis), coupling(node, this.axis))
     info = program.infos.get(node)
-    if info is None or info.rank != 4:
+    if info is None or info.rank != IMAGE_RANK:
         return None
     op, positions = program.op(node), prod(info.sizes[2:])
     if node.target in WINDOWS:
@@ -235,6 +256,28 @@ def _part(
         return PoolPart(coupling(node, 1), prod(op.info_of(op.operands[0]).sizes[2:]) // positions, positions)
     if node.target is aten.cat.default and joined_axis(op) == 1 and blocked.issuperset(op.operands):
         return JoinedPart(tuple(coupling(operand, 1) for operand in op.operands), positions)
+    return None
+
+
+def _maps(
+    program: Program, described: Mapping[fx.Node, Contraction], images: Container[fx.Node], coupling: Named
+) -> Iterator[tuple[fx.Node, tuple[Coupling, int]]]:
+    """Each constant map behind a layer of images, with the channels which that reads, and how many."""
+    for node in program.calls():
+        value = map_behind(program, node)
+        if value is not None and value in images and value in described:
+            this = described[value]
+            yield node, (coupling(this.x, this.axis), this.in_channels)
+
+
+def map_behind(program: Program, node: fx.Node) -> fx.Node | None:
+    """The value that a call adds constants to which differ by position in an image; None if it does not."""
+    if node.target is not aten.add.Tensor:
+        return None
+    for value, other in (node.all_input_nodes, node.all_input_nodes[::-1]):
+        held = program.held(other)
+        if held is not None and len(held.shape) == IMAGE_RANK and prod(held.shape[2:]) > 1:
+            return value
     return None
 
 
@@ -269,14 +312,17 @@ def _ways(
     images: Mapping[fx.Node, int],
     blocked: set[fx.Node],
     coupling: Named,
+    maps: Mapping[fx.Node, tuple[Coupling, int]],
 ) -> Iterator[Way]:
     """The ways into a part of images, and the one out of it to anything that is none."""
     number, first = images[node], node.args[0]
     for operand in (first,) if isinstance(first, fx.Node) else program.op(node).operands:
-        giver = images.get(_source(operand, blocked))
-        yield Way(giver, number, *_channels_and_positions(program, operand, coupling))
+        *passed, source = _up(operand, blocked)
+        found = next((maps[value] for value in passed if value in maps), None)
+        yield Way(images.get(source), number, *_channels_and_positions(program, operand, coupling), found)
     if not all(_is_read_by(user, images, blocked) for user in node.users):
-        yield Way(number, None, *_channels_and_positions(program, node, coupling))
+        found = next((maps[user] for user in node.users if user in maps), None)
+        yield Way(number, None, *_channels_and_positions(program, node, coupling), found)
 
 
 def _channels_and_positions(program: Program, node: fx.Node, coupling: Named) -> tuple[Coupling, int]:
@@ -284,11 +330,12 @@ def _channels_and_positions(program: Program, node: fx.Node, coupling: Named) ->
     return coupling(node, info.rank - 3), prod(info.sizes[-2:])
 
 
-def _source(node: fx.Node, blocked: set[fx.Node]) -> fx.Node:
-    """Where a value comes from, up to operators that take any layout."""
+def _up(node: fx.Node, blocked: set[fx.Node]) -> Iterator[fx.Node]:
+    """A value, what it comes from by operators that take any layout, and last what is none of their results."""
+    yield node
     while node in blocked and node.target in ANY_LAYOUT:
         node = next(operand for operand in node.all_input_nodes if operand in blocked)
-    return node
+        yield node
 
 
 def _is_read_by(user: fx.Node, images: Mapping[fx.Node, int], blocked: set[fx.Node]) -> bool:

@@ -6,8 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from passes import TARGETS, default_pipeline
-from passes.network import layers, seconds
+from passes import TARGETS, FewestMacs, default_pipeline
+from passes.network import layers, map_behind, seconds
 from passes.targets import AVX512, Layer
 from tests.passes.support import assert_same, capture
 
@@ -83,7 +83,7 @@ def test_depthwise_layers_get_a_multiple_of_the_alignment():
 
 
 def test_a_width_does_not_grow_beyond_what_the_network_had():
-    program, small = compiled(chain((38, 50, 63), (37, 47, 61)), images())
+    program, small = compiled(chain((38, 50, 63), (37, 47, 61), shift=0.0), images())
     assert [outputs for _, outputs in widths(small)] == [37, 48, 61, 5]
     assert_same(program, small)
 
@@ -263,6 +263,31 @@ def test_channels_that_fill_a_width_stand_for_constants_as_well():
     assert widths(small) == [(3, 16), (16, 16), (16, 5)]
     assert not any(node.target is torch.ops.aten.add.Tensor for node in small.calls()), "no map beside them"
     assert_same(program, small)
+
+
+def maps(program):
+    return sum(map_behind(program, node) is not None for node in program.calls())
+
+
+@pytest.mark.parametrize(("kept", "width"), [(20, 24), (28, 32), (45, 48)])
+def test_a_channel_that_fits_into_a_block_anyway_stands_for_constants(kept, width):
+    program, small = compiled(chain((64, 64), (kept, kept)), images(32))
+    assert maps(small) == 0
+    assert widths(small)[1][0] == width
+    assert_same(program, small)
+
+
+def test_constants_are_a_map_where_a_channel_more_would_begin_a_block():
+    program, small = compiled(chain((64, 64), (32, 32)), images(32))
+    assert maps(small) == 1
+    assert widths(small)[1][0] == 32
+    assert_same(program, small)
+
+
+def test_every_map_stays_where_the_cost_model_is_the_users():
+    program = capture(chain((64, 64), (20, 20)), images(32))
+    small = default_pipeline(FewestMacs(), target=AVX512)(program).program
+    assert maps(small) == 1
 
 
 def test_a_width_is_reached_although_some_channels_stay_only_for_constants():
