@@ -149,20 +149,21 @@ class ChooseWidths(Pipeline):
             ):
                 break
             best = wider
-        return self._without_maps(program, best, pins, target) if passes is self.passes else best
-
-    def _without_maps(self, program: Program, best: Run, pins: Pins, target: Target) -> Run:
-        """The network with channels in place of constant maps, where the target's estimate of it is less."""
-        if not self.spares_maps or not any(
-            map_behind(best[0].program, node) for node in best[0].program.calls()
-        ):
+        if passes is not self.passes or not self.spares_maps or not _has_map(best[0].program):
             return best
+        without = self._without_maps(program, best, pins, target)
+        if without is None:
+            return best
+        return min(without, minimal, key=lambda run: seconds(run[0].program, target))
+
+    def _without_maps(self, program: Program, best: Run, pins: Pins, target: Target) -> Run | None:
+        """The network with channels in place of constant maps, where the target's estimate of it is less; else None."""
         wanted = widths_of(best[0].program, program, target, maps=True).pins()
         if not wanted:
-            return best
+            return None
         wider = self._run_all(self.passes, program.replace(pinned=_joined(pins, wanted)))
         is_faster = seconds(wider[0].program, target) < seconds(best[0].program, target)
-        return wider if is_faster else best
+        return wider if is_faster else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,6 +305,10 @@ def widths_of(minimal: Program, original: Program, target: Target, maps: bool = 
             parts = tuple(coupling(operand, axis) for operand in minimal.op(node).operands)
             concatenations[coupling(node, axis)] = parts
     return Widths(target, network, before, room, concatenations, maps)
+
+
+def _has_map(program: Program) -> bool:
+    return any(map_behind(program, node) for node in program.calls())
 
 
 def _room(

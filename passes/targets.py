@@ -3,8 +3,8 @@
 onnxruntime has two ways to run a convolution of images on a processor. The blocked one computes whole blocks of
 `block` input and output channels, and takes a layer whose input channels are fewer than a block or a multiple of
 `alignment` (a depthwise one: a multiple of `alignment`). The other one lays every window out as a column first and
-multiplies exactly as many channels as there are. So a channel more can make a layer twice as fast. The times are
-measured: docs/results/widths.md.
+multiplies exactly as many channels as there are, but whole vectors of columns: 49 cost as much as 64. So a channel more
+can make a layer twice as fast. The times are measured: docs/results/widths.md.
 """
 
 from __future__ import annotations
@@ -88,8 +88,9 @@ class Target(Protocol):
 class BlockedConvolutions:
     """A processor with blocked convolutions; times in picoseconds.
 
-    `per_mac`: of a multiply-add; `per_column_entry`, `per_layout`: of an entry of the columns, and of laying them out
-    at all, for kernels of more than one tap; `per_point`: of an entry where there is nothing to lay out;
+    `per_mac`: of a multiply-add, `per_blocked_mac`: in a blocked layer of more than one tap; `per_column_entry`,
+    `per_column_row`: of an entry of the columns, and of each row of them (a channel and a tap), for kernels of more
+    than one tap; `per_point`: of an entry where there is nothing to lay out;
     `per_moved`: of an entry that is packed or unpacked between layers, `per_moved_at_pool`: at a pool; `per_call`,
     `per_passed`: of anything but layers, and of an entry there; `per_pooled`, `per_tap`: of an entry of a pool's result
     and of an entry that it reads, `_block` where channels fill their blocks;
@@ -99,10 +100,11 @@ class BlockedConvolutions:
     name: str
     block: int
     alignment: int = 4
-    per_mac: float = 20.0
+    per_mac: float = 18.0
+    per_blocked_mac: float = 17.0
     per_column_entry: float = 260.0
-    per_layout: float = 11e6
-    per_point: float = 400.0
+    per_column_row: float = 12e3
+    per_point: float = 300.0
     per_moved: float = 750.0
     per_moved_at_pool: float = 100.0
     per_call: float = 600e3
@@ -129,8 +131,10 @@ class BlockedConvolutions:
             return inputs * (self.per_unblocked_channel + self.per_unblocked_depthwise * work)
         if blocked:
             read = inputs if inputs < self.block else self._blocks(inputs)
-            return self.per_mac * read * self._blocks(outputs) * work
-        return self.per_mac * inputs * outputs * work + self._layout(layer, inputs * work)
+            per_mac = self.per_mac if layer.taps == 1 else self.per_blocked_mac
+            return per_mac * read * self._blocks(outputs) * work
+        columns = self._columns(layer.positions)
+        return self.per_mac * inputs * outputs * layer.taps * columns + self._layout(layer, inputs)
 
     def _is_blocked(self, layer: Layer, inputs: int) -> bool:
         if not layer.is_of_images:
@@ -161,13 +165,17 @@ class BlockedConvolutions:
         )
         return (self.per_call + (per_entry + per_tap * taps) * channels * positions) * PICOSECOND
 
-    def _layout(self, layer: Layer, entries: int) -> float:
+    def _layout(self, layer: Layer, inputs: int) -> float:
         if layer.taps == 1:
-            return self.per_point * entries
-        return self.per_layout + self.per_column_entry * entries
+            return self.per_point * inputs * layer.positions
+        return inputs * layer.taps * (self.per_column_row + self.per_column_entry * layer.positions)
 
-    def _blocks(self, channels: int) -> int:
-        return -(-channels // self.block) * self.block
+    def _columns(self, positions: int) -> int:
+        """As many as are computed: whole vectors, but for a single position."""
+        return positions if positions == 1 else self._blocks(positions)
+
+    def _blocks(self, number: int) -> int:
+        return -(-number // self.block) * self.block
 
     def widths(self, channels: int) -> tuple[int, ...]:
         steps = (self.alignment, self.block)
