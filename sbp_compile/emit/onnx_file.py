@@ -28,6 +28,7 @@ from sbp_compile.capture.interface import Interface
 from sbp_compile.emit.module import emit_graph_module
 from sbp_compile.emit.onnx_gathers import gather_rows
 from sbp_compile.emit.onnx_norms import normalise_channels
+from sbp_compile.emit.onnx_perceptrons import flatten_perceptrons
 from sbp_compile.emit.onnx_powers import spell_powers
 from sbp_compile.emit.onnx_scalars import keep_scalars
 from sbp_compile.emit.onnx_transposed import spell_output_padding
@@ -254,6 +255,7 @@ def _cleaned(proto: onnx.ModelProto, input_names: list[str], output_names: list[
     for tensor, name in zip([*graph.inputs, *graph.outputs], [*input_names, *output_names], strict=True):
         tensor.name = name
     gather_rows(graph)
+    flatten_perceptrons(graph)
     spell_output_padding(graph)
     normalise_channels(graph)
     spell_powers(graph)
