@@ -36,7 +36,7 @@ aten = torch.ops.aten
 
 ROUNDS = 3
 PLAIN = "no gather, no map"
-COPYING = frozenset({"lay_out_constants", "separate_edges"})
+COPYING = frozenset({"lay_out_constants", "separate_edges", "separate_positions"})
 BY_FAR = 0.85  # estimates of networks that differ by less were wrong as often as right
 MOST_PARTS = 3  # of a concatenation, whose widths are combined in questions
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from passes import CountingModel, FewestCalls, default_pipeline
+from passes.targets import AVX512
 from tests.passes.support import assert_same, capture, shapes_of, targets_of
 from tests.passes.test_separate_edges import Free
 from tests.passes.test_shrinking import Mask
@@ -173,3 +174,29 @@ def test_it_is_the_multiply_adds_saved_that_pay():
     wide = Reader(nn.Sequential(Block()), first)
     wide.body[0].expand, wide.body[0].project = nn.Linear(WIDTH, 512), nn.Linear(512, WIDTH)
     assert positions(check(wide, X, cost=CountingModel()))["body.0.expand"] == 1
+
+
+class Branches(nn.Module):
+    """Small layers whose sum is read at one position, and what they read at all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
+
+    def forward(self, x):
+        total = x = torch.sigmoid(x)
+        for layer in self.layers:
+            total = total + layer(x).relu()
+        return total[:, 0], x.mean(1)
+
+
+def test_gathers_that_are_in_the_way_by_far_go_where_a_target_says_so():
+    program = capture(Branches().double(), torch.randn(2, 5, 64, dtype=torch.float64))
+    gathers = [
+        targets_of(default_pipeline(target=target)(program).program).count(
+            torch.ops.aten.index_select.default
+        )
+        for target in (None, AVX512)
+    ]
+    assert gathers[0] > 0
+    assert gathers[1] == 0
