@@ -190,15 +190,45 @@ class Widths:
     room: dict[Coupling, Room]
     concatenations: dict[Coupling, tuple[Coupling, ...]]
     maps: bool = False
+    now: dict[Coupling, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Coordinate descent: each coupling in turn gets its best width, until none changes."""
-        self.now = dict(self.before)
+        """The best of some descents: from the widths that there are, and from where all have grown a step.
+
+        Alone no layer gains by being packed where its neighbours are not.
+        """
         wholes: dict[Coupling, list[Coupling]] = {coupling: [coupling] for coupling in self.room}
         for whole, parts in self.concatenations.items():
             for part in parts:
                 wholes.setdefault(part, [part]).append(whole)
         touched = {coupling: self.network.touched(wholes[coupling]) for coupling in self.room}
+        best, least = self.before, float("inf")
+        for start in self._starts():
+            self.now = start
+            self._descend(touched)
+            total = self.network.seconds(self.target, self.width)
+            if total < least:
+                best, least = self.now, total
+        self.now = dict(best)
+
+    def _starts(self) -> Iterator[dict[Coupling, int]]:
+        """The widths before, and each coupling's first, second ... of the target's next widths, where there is room."""
+        yield dict(self.before)
+        steps = {coupling: self._steps(coupling) for coupling in self.room}
+        for number in range(max(map(len, steps.values()), default=0)):
+            yield {
+                **self.before,
+                **{coupling: found[min(number, len(found) - 1)] for coupling, found in steps.items()},
+            }
+
+    def _steps(self, coupling: Coupling) -> list[int]:
+        """The width that a coupling has, or the target's next ones that there is room for."""
+        least = self.before[coupling]
+        most = least + len(self.room[coupling].removed)
+        return [width for width in self.target.widths(least) if width <= most] or [least]
+
+    def _descend(self, touched: Mapping[Coupling, Touched]) -> None:
+        """Coordinate descent: each coupling in turn gets its best width, until none changes."""
         changed = True
         while changed:
             changed = False
@@ -216,7 +246,7 @@ class Widths:
         most = least + len(self.room[coupling].removed)
         others = (least, *self.target.widths(least), most)
         if self.maps:
-            others = (*others, *self.target.widths(least + 1))
+            others = (*others, least + 1, *self.target.widths(least + 1))
         now = self.now[coupling]
         return [now, *(width for width in sorted(others) if width <= most and width != now)]
 

@@ -91,7 +91,8 @@ class BlockedConvolutions:
     `per_mac`: of a multiply-add, `per_blocked_mac`: in a blocked layer of more than one tap; `per_column_entry`,
     `per_column_row`: of an entry of the columns, and of each row of them (a channel and a tap), for kernels of more
     than one tap; `per_point`: of an entry where there is nothing to lay out;
-    `per_moved`: of an entry that is packed or unpacked between layers, `per_moved_at_pool`: at a pool; `per_call`,
+    `per_moved`: of an entry that is packed or unpacked between layers (110 to 450 were measured, the more the larger
+    the image: as outside the caches), `per_moved_at_pool`: at a pool; `per_call`,
     `per_passed`: of anything but layers, and of an entry there; `per_pooled`, `per_tap`: of an entry of a pool's result
     and of an entry that it reads, `_block` where channels fill their blocks;
     `per_depthwise`, `per_unblocked_depthwise`, `per_unblocked_channel`: of depthwise layers.
@@ -105,7 +106,7 @@ class BlockedConvolutions:
     per_column_entry: float = 260.0
     per_column_row: float = 12e3
     per_point: float = 300.0
-    per_moved: float = 750.0
+    per_moved: float = 450.0
     per_moved_at_pool: float = 100.0
     per_call: float = 600e3
     per_passed: float = 250.0
@@ -147,9 +148,10 @@ class BlockedConvolutions:
         return blocked and (layer.is_depthwise or inputs >= self.block), blocked
 
     def moving(self, channels: int, positions: int, *, at_pool: bool = False) -> float:
-        if at_pool:
-            return (self.per_call + self.per_moved_at_pool * channels * positions) * PICOSECOND
-        return self.per_moved * self._blocks(channels) * positions * PICOSECOND
+        per_entry, moved = (
+            (self.per_moved_at_pool, channels) if at_pool else (self.per_moved, self._blocks(channels))
+        )
+        return (self.per_call + per_entry * moved * positions) * PICOSECOND
 
     def passing(self, entries: int) -> float:
         return (self.per_call + self.per_passed * entries) * PICOSECOND

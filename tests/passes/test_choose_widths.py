@@ -265,12 +265,18 @@ def test_channels_that_fill_a_width_stand_for_constants_as_well():
     assert_same(program, small)
 
 
+def test_layers_are_packed_together_where_none_would_be_alone():
+    program, small = compiled(chain((64, 64, 64), (31, 30, 29), kernel=1, shift=0.0), images(28))
+    assert widths(small) == [(3, 32), (32, 32), (32, 32), (32, 5)]
+    assert_same(program, small)
+
+
 def maps(program):
     return sum(map_behind(program, node) is not None for node in program.calls())
 
 
-@pytest.mark.parametrize(("kept", "width"), [(20, 24), (28, 32), (45, 48)])
-def test_a_channel_that_fits_into_a_block_anyway_stands_for_constants(kept, width):
+@pytest.mark.parametrize(("kept", "width"), [(20, 21), (28, 32), (45, 48)])
+def test_a_channel_more_stands_for_constants_where_that_is_faster_than_a_map(kept, width):
     program, small = compiled(chain((64, 64), (kept, kept)), images(32))
     assert maps(small) == 0
     assert widths(small)[1][0] == width
