@@ -172,7 +172,8 @@ def _pull_into_addend(program: Program, add: Op, shift: Affine) -> list[tuple[fx
     if add.args["alpha"] != 1:
         return None
     for addend in add.operands:
-        if add.info_of(addend) == add.out:
+        is_once = add.operands.count(addend) == 1  # in x + x the shift would count twice
+        if is_once and add.info_of(addend) == add.out:
             path = _pull(program, addend, shift)
             if path is not None:
                 return path

@@ -272,7 +272,7 @@ def _maps(
 
 def map_behind(program: Program, node: fx.Node) -> fx.Node | None:
     """The value that a call adds constants to which differ by position in an image; None if it does not."""
-    if node.target is not aten.add.Tensor:
+    if node.target is not aten.add.Tensor or len(node.all_input_nodes) != 2:
         return None
     for value, other in (node.all_input_nodes, node.all_input_nodes[::-1]):
         held = program.held(other)

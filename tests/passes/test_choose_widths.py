@@ -266,8 +266,19 @@ def test_channels_that_fill_a_width_stand_for_constants_as_well():
 
 
 def test_layers_are_packed_together_where_none_would_be_alone():
-    program, small = compiled(chain((64, 64, 64), (31, 30, 29), kernel=1, shift=0.0), images(28))
-    assert widths(small) == [(3, 32), (32, 32), (32, 32), (32, 5)]
+    program, small = compiled(chain((128,) * 4, (29, 57, 29, 57), kernel=1, shift=0.0), images(28))
+    assert widths(small) == [(3, 32), (32, 60), (60, 32), (32, 60), (60, 5)]
+    assert_same(program, small)
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return x + x + 1.0
+
+
+def test_a_sum_of_one_value_with_itself_or_a_number_is_no_map():
+    program, small = compiled(nn.Sequential(nn.Conv2d(3, 4, 1), Doubled()).double(), images())
+    assert maps(small) == 0
     assert_same(program, small)
 
 

@@ -50,3 +50,17 @@ def test_a_scale_that_cannot_stays_in_front_of_the_shift(broken):
     scale = torch.rand(6).double() + 0.1
     scale[1] = broken
     assert aten.mul.Tensor in targets_of(compiled(scale, SHIFT))
+
+
+class Doubled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        x = self.layer(x)
+        return x + x + 1.0
+
+
+def test_a_shift_does_not_go_into_a_value_that_is_added_to_itself():
+    check(Doubled().double(), torch.randn(2, 3, 5, 5, dtype=torch.float64))
