@@ -296,7 +296,7 @@ def _rot90(op: Op, rewriter: Rewriter) -> fx.Node | None:
 
 
 PLACEMENTS: dict[Any, Callable[[Op, Rewriter], fx.Node | None]] = {
-    aten.channel_shuffle.default: _channel_shuffle,
+    **dict.fromkeys((aten.channel_shuffle.default, aten.native_channel_shuffle.default), _channel_shuffle),
     aten.repeat_interleave.self_int: _repeat_interleave,
     aten.repeat_interleave.self_Tensor: _repeat_interleave,
     aten.gather.default: _gather,

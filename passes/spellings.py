@@ -211,6 +211,7 @@ SPELLINGS: dict[Any, Spelling] = {
     aten.__and__.Tensor: _renamed(aten.bitwise_and.Tensor),
     aten.__or__.Tensor: _renamed(aten.bitwise_or.Tensor),
     aten.__xor__.Tensor: _renamed(aten.bitwise_xor.Tensor),
+    aten.diagonal_copy.default: _renamed(aten.diagonal.default),
     aten.pad.default: _pad,
     aten.constant_pad_nd.default: _constant_pad,
 }

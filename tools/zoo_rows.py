@@ -24,6 +24,7 @@ from passes.ir.pipeline import Callback, Noted
 from passes.rules import OPAQUE, rule_for
 from sbp_compile.capture import export_module
 from sbp_compile.capture.call import Call, captured_call
+from sbp_compile.capture.program import decomposed
 from sbp_compile.compiler import Compiled, compile_exported
 from sbp_compile.nn import LogNormalNoise, noise_layers
 
@@ -150,7 +151,7 @@ class Captured:
 
     @classmethod
     def of(cls, network: nn.Module, args: tuple[Tensor, ...], dynamic_batch: bool) -> Captured:
-        exported = export_module(network, args, dynamic_batch=dynamic_batch).run_decompositions({})
+        exported = decomposed(export_module(network, args, dynamic_batch=dynamic_batch))
         exported.run_decompositions = lambda *_: exported  # slow, and done already
         return cls(network, exported, captured_call(exported, args, {}), args)
 

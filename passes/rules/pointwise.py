@@ -38,7 +38,7 @@ SAFE_UNARY = (
     aten.bitwise_not.default, aten.isnan.default, aten.isinf.default, aten.isfinite.default,
     aten.clip.default, aten.nan_to_num.default, aten.sgn.default, aten.signbit.default, aten.erfc.default,
     aten.sinc.default, aten.fix.default, aten.deg2rad.default, aten.rad2deg.default, aten.isneginf.default,
-    aten.isposinf.default, aten.positive.default,
+    aten.isposinf.default, aten.positive.default, aten.angle.default, aten.round.decimals,
 )  # fmt: skip
 SAFE_BINARY = (
     aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.rsub.Tensor,
@@ -49,6 +49,7 @@ SAFE_BINARY = (
     aten.logical_xor.default, aten.bitwise_xor.Tensor,
     aten.lerp.Scalar, aten.lerp.Tensor, aten.fmax.default, aten.fmin.default, aten.hypot.default,
     aten.logaddexp.default, aten.copysign.Tensor, aten.copysign.Scalar, aten.heaviside.default, aten.clip.Tensor,
+    aten.nextafter.default,
 )  # fmt: skip
 # May overflow or leave the domain: an operand of these keeps its original value wherever it is kept.
 UNSAFE = (
@@ -57,7 +58,8 @@ UNSAFE = (
     aten.tan.default, aten.sinh.default, aten.cosh.default, aten.asin.default, aten.acos.default,
     aten.acosh.default, aten.atanh.default, aten.erfinv.default, aten.logit.default,
     aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.atan2.default, aten.special_logit.default,
-    aten.lgamma.default, aten.xlogy.Tensor, aten.float_power.Tensor_Scalar, aten.float_power.Tensor_Tensor,
+    aten.lgamma.default, aten.digamma.default, aten.special_i0.default, aten.ldexp.Tensor, aten.xlogy.Tensor,
+    aten.float_power.Tensor_Scalar, aten.float_power.Tensor_Tensor,
 )  # fmt: skip
 QUOTIENTS = (
     aten.div.Tensor, aten.div.Tensor_mode, aten.div.Scalar_mode, aten.floor_divide.default,

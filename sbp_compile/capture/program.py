@@ -14,6 +14,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from passes.ir.constants import Constants
 from passes.ir.program import Input, Program
 from sbp_compile.capture.branches import attribute, copy_control_flow, holds_branches
+from sbp_compile.capture.composites import composites
 from sbp_compile.capture.dialect import copy_call, provenance, widened
 from sbp_compile.capture.export import quiet_export
 from sbp_compile.errors import UnsupportedModelError
@@ -41,7 +42,7 @@ def program_from_export(
     *,
     copy: bool = True,
 ) -> Program:
-    """Return the Program of an exported program, in the ATen dialect that `run_decompositions({})` leaves.
+    """Return the Program of an exported program, in torch's ATen dialect, less its composites.
 
     `axis_names`: of dynamic axes, by input and axis; `labels`: the user's names of inputs, by the program's.
     `copy`: the program's tensors, whose owner may go on changing them.
@@ -51,7 +52,7 @@ def program_from_export(
     values of the network are multiplied with. (An infinite buffer that is added is what an attention mask looks like.)
     """
     with quiet_export():
-        exported = _decomposed(exported)
+        exported = decomposed(exported)
     graph = fx.Graph()
     constants = Constants()
     dtypes: dict[str, torch.dtype] = {}
@@ -91,10 +92,11 @@ def program_from_export(
     return Program(graph, constants, dtypes, tuple(inputs), output_dtypes=_output_dtypes(exported))
 
 
-def _decomposed(exported: ExportedProgram) -> ExportedProgram:
+def decomposed(exported: ExportedProgram) -> ExportedProgram:
+    """Return the program in the dialect that Programs are made of; UnsupportedModelError where torch cannot."""
     try:
-        decomposed: ExportedProgram = exported.run_decompositions({})
-        return decomposed
+        result: ExportedProgram = exported.run_decompositions(dict(composites()))
+        return result
     except Exception as error:  # whatever torch does not like about the user's model
         raise UnsupportedModelError(
             f"torch {torch.__version__} cannot bring the model into its ATen dialect ({error})"

@@ -238,8 +238,21 @@ def _emitted(
     results: Any = output.args[0]
     output.args = (tuple(value for value, keep in zip(results, wanted, strict=True) if keep),)
     module.graph.eliminate_dead_code()
+    _fix_strides(module.graph)
     module.recompile()
     return module
+
+
+def _fix_strides(graph: fx.Graph) -> None:
+    """Have every reshape read a contiguous copy, which ONNX knows nothing of.
+
+    The exporter takes a reshape for a view where the strides that it traces allow one, and runs the graph again with
+    other strides (those of attention depend on the kernel that torch would take), for which there is no view.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.reshape.default):
+        with graph.inserting_before(node):
+            contiguous: dict[str, Any] = {"memory_format": torch.contiguous_format}
+            node.update_arg(0, graph.call_function(torch.ops.aten.clone.default, node.args[:1], contiguous))
 
 
 def _cleaned(proto: onnx.ModelProto, input_names: list[str], output_names: list[str]) -> onnx.ModelProto:

@@ -206,6 +206,31 @@ def test_the_opset_can_be_chosen(opset: int, tmp_path: Path) -> None:
     assert [entry.version for entry in onnx.load(tmp_path / "small.onnx").opset_import] == [opset]
 
 
+class BiasedAttention(nn.Module):
+    """Attention as in T5: a bias for each head and pair of positions, repeated for every example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.bias = nn.Parameter(torch.randn(1, 2, 5, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.taken(x).view(-1, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        bias = self.bias.expand(x.shape[0], -1, -1, -1)
+        heads = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        out: torch.Tensor = self.out(heads.transpose(1, 2).reshape(-1, 5, 8))
+        return out
+
+
+def test_attention_with_a_bias_for_each_example_is_written(tmp_path: Path) -> None:
+    """The exporter had taken the reshape for a view, which under the strides of its next run it is not."""
+    network = BiasedAttention().eval()
+    sbp_compile.compile(network, torch.randn(2, 5, 8)).save(tmp_path / "small.onnx")
+    x = torch.randn(3, 5, 8)
+    [got] = run_onnx(tmp_path / "small.onnx", x)
+    assert_close(got, network(x))
+
+
 @pytest.mark.parametrize(("average", "opset"), [(nn.AvgPool2d(2), 18), (nn.AdaptiveAvgPool2d(1), 20)])
 def test_windows_are_averaged_in_the_opset_with_the_fast_kernel(
     average: nn.Module, opset: int, tmp_path: Path

@@ -35,11 +35,11 @@ DOMAIN = {
     "log": (0.5, 2.0), "log2": (0.5, 2.0), "log10": (0.5, 2.0), "log1p": (-0.5, 2.0), "sqrt": (0.1, 2.0),
     "rsqrt": (0.1, 2.0), "reciprocal": (0.1, 2.0), "acosh": (1.1, 3.0), "asin": (-0.9, 0.9), "acos": (-0.9, 0.9),
     "atanh": (-0.9, 0.9), "erfinv": (-0.9, 0.9), "logit": (0.1, 0.9), "tan": (-1.0, 1.0),
-    "special_logit": (0.1, 0.9), "lgamma": (0.5, 3.0),
+    "special_logit": (0.1, 0.9), "lgamma": (0.5, 3.0), "digamma": (0.5, 3.0),
 }  # fmt: skip
 EXTRA = {
     "threshold": (0.1, 0.3), "clamp": (-0.5, 0.5), "clamp_min": (-0.5,), "clamp_max": (0.5,),
-    "to": (torch.float32,), "pow": (2.0,), "clip": (-0.5, 0.5),
+    "to": (torch.float32,), "pow": (2.0,), "clip": (-0.5, 0.5)
 }  # fmt: skip
 BOOLEAN = {
     "logical_not",
@@ -108,6 +108,8 @@ def pointwise(overload: Any) -> list[Sample]:
             bits = torch.tensor([0, -1, 3, 0, -1]).reshape(5, 1, 1)
             pairs.append((X((2, 5, 3, 4), torch.int64), bits))
         return [call(overload, *pair, **extra) for pair in pairs]
+    if kind == "decimals":
+        return [call(overload, x(2, 5, 3, 4), decimals=1)]
     if name == "_to_copy":
         return [call(overload, x(2, 5, 3, 4), dtype=torch.float32)]
     return [call(overload, x(*shape), *EXTRA.get(name, ())) for shape in SHAPES]
@@ -115,6 +117,7 @@ def pointwise(overload: Any) -> list[Sample]:
 
 TWO_TENSORS = BOOLEAN - {"logical_not", "bitwise_not"} | {
     "maximum", "minimum", "atan2", "floor_divide", "fmax", "fmin", "hypot", "logaddexp", "heaviside",
+    "nextafter",
 }  # fmt: skip
 PARTIAL = {"div", "pow", "float_power", "fmod", "remainder", "floor_divide", "atan2", "xlogy"}
 
