@@ -30,7 +30,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DEMO_MODEL := models/lenet5-sbp-digits.pt
 
-.PHONY: zoo-speed bench bench-cuda compare cuda demo paper test test-slow fuzz fuzz-files zoo rules mutation interrupts lint clean onnx-in
+.PHONY: foreign zoo-speed bench bench-cuda compare cuda demo paper test test-slow fuzz fuzz-files zoo rules mutation interrupts lint clean onnx-in
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -52,6 +52,11 @@ fuzz-files: $(READY)
 
 zoo: $(READY)
 	$(BIN)/python tools/zoo.py --write
+
+# Other packages' networks; what they need beside torch is listed, so that none brings a torch of its own.
+foreign: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --target out/packages -r tools/foreign-requirements.txt
+	$(BIN)/python tools/foreign.py --json out/foreign.json --write
 
 zoo-speed: $(READY)
 	mkdir -p out

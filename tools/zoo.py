@@ -174,7 +174,7 @@ class Worker:
         """Give the task up and start a fresh process."""
         assert self.task is not None
         share = self.task.shares[min(len(self.rows), len(self.task.shares) - 1)]
-        family = ZOO[self.task.network].family
+        family = self.task.architecture.family
         self.rows.append(failed(Row(self.task.network, family, self.task.placement, share), reason))
         self.stop()
         self._launch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import tempfile
 import time
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from bound import bounds
@@ -28,18 +29,29 @@ from sbp_compile.capture.program import decomposed
 from sbp_compile.compiler import Compiled, compile_exported
 from sbp_compile.nn import LogNormalNoise, noise_layers
 
+if TYPE_CHECKING:
+    from tests.zoo import Architecture
+
 GAP = 0.05
 
 
 @dataclass(frozen=True)
 class Task:
-    """A network and a place for its noise, at every share of masked units."""
+    """A network and a place for its noise, at every share of masked units; `registry`: "module:table" of networks."""
 
     network: str
     placement: str
     shares: tuple[float, ...]
     seed: int
     onnx_shares: tuple[float, ...]
+    registry: str = "tests.zoo:ZOO"
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the registry has under the network's name."""
+        module, table = self.registry.split(":")
+        found: Architecture = getattr(importlib.import_module(module), table)[self.network]
+        return found
 
 
 @dataclass(frozen=True)
@@ -165,11 +177,11 @@ class Captured:
 
 def measure(task: Task) -> Iterator[Row]:
     """The rows of a task, one for each share; none where the network has no such place. Nothing is raised."""
-    from tests.zoo import ZOO, masked_network
+    from tests.zoo import masked_network
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    architecture = ZOO[task.network]
+    architecture = task.architecture
     captured: Captured | None = None
     for share in task.shares:
         row = Row(task.network, architecture.family, task.placement, share)

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
 
+from sbp_compile.capture.export import quiet_export
 from tests.passes.support import check
 
+OLD_TORCH = torch.__version__ < "2.13"
 SEEDS = range(12)
 
 
@@ -127,4 +129,13 @@ class RandomAttention(nn.Module):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_attention_is_exact(seed):
     free = ({0: Dim("batch"), 1: Dim("length", min=2, max=512)},)
-    check(RandomAttention(seed), torch.randn(2, 6, 5), dynamic=free)
+    network, x = RandomAttention(seed), torch.randn(2, 6, 5)
+    if OLD_TORCH:
+        with quiet_export():
+            try:
+                torch.export.export(network.eval(), (x,), dynamic_shapes=free)
+            except Exception as error:
+                if "Constraints violated (length)" not in str(error):
+                    raise
+                pytest.skip(f"torch {torch.__version__} does not capture this attention at any length")
+    check(network, x, dynamic=free)
