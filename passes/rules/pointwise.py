@@ -49,7 +49,6 @@ SAFE_BINARY = (
     aten.logical_xor.default, aten.bitwise_xor.Tensor,
     aten.lerp.Scalar, aten.lerp.Tensor, aten.fmax.default, aten.fmin.default, aten.hypot.default,
     aten.logaddexp.default, aten.copysign.Tensor, aten.copysign.Scalar, aten.heaviside.default, aten.clip.Tensor,
-    aten.nextafter.default,
 )  # fmt: skip
 # May overflow or leave the domain: an operand of these keeps its original value wherever it is kept.
 UNSAFE = (
@@ -58,7 +57,7 @@ UNSAFE = (
     aten.tan.default, aten.sinh.default, aten.cosh.default, aten.asin.default, aten.acos.default,
     aten.acosh.default, aten.atanh.default, aten.erfinv.default, aten.logit.default,
     aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.atan2.default, aten.special_logit.default,
-    aten.lgamma.default, aten.digamma.default, aten.special_i0.default, aten.ldexp.Tensor, aten.xlogy.Tensor,
+    aten.lgamma.default, aten.digamma.default, aten.special_i0.default, aten.xlogy.Tensor,
     aten.float_power.Tensor_Scalar, aten.float_power.Tensor_Tensor,
 )  # fmt: skip
 QUOTIENTS = (

@@ -117,7 +117,6 @@ def pointwise(overload: Any) -> list[Sample]:
 
 TWO_TENSORS = BOOLEAN - {"logical_not", "bitwise_not"} | {
     "maximum", "minimum", "atan2", "floor_divide", "fmax", "fmin", "hypot", "logaddexp", "heaviside",
-    "nextafter",
 }  # fmt: skip
 PARTIAL = {"div", "pow", "float_power", "fmod", "remainder", "floor_divide", "atan2", "xlogy"}
 
