@@ -224,11 +224,14 @@ def _check(options: argparse.Namespace) -> None:
 
 def _compile(options: argparse.Namespace, console: Console) -> Compiled:
     from passes import TARGETS, FewestMacs, default_pipeline, this_cpu
+    from sbp_compile.capture.array_file import check_arrays
     from sbp_compile.compiler import compile_file
     from sbp_compile.recipe import load_recipe
 
     table = this_cpu() if options.target == "cpu" else TARGETS[options.target]
     recipe = None if options.apply is None else load_recipe(options.apply)
+    if options.int8 is not None:
+        check_arrays(options.int8)
     with _stages(options, console) as progress:
         progress(0.0, "reading the model")
         target, tuner = tuned(options, table, progress)

@@ -75,7 +75,7 @@ def _examples(texts: list[str]) -> dict[str, Any] | None:
 
 
 def _arrays(path: Path | None) -> dict[str, Any] | None:
-    from sbp_compile.capture.example_inputs import as_tensor, read_arrays
+    from sbp_compile.capture.array_file import as_tensor, read_arrays
 
     return (
         None if path is None else {name: as_tensor(name, array) for name, array in read_arrays(path).items()}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from passes.ir.program import Input, Program
-from sbp_compile.capture.example_inputs import as_tensor, read_arrays
+from sbp_compile.capture.array_file import as_tensor, read_arrays
 from sbp_compile.errors import InputError
 
 

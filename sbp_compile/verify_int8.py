@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from passes import Note, Program
-from sbp_compile.capture.example_inputs import read_arrays
+from sbp_compile.capture.array_file import read_arrays
 from sbp_compile.emit.int8 import Feed
 from sbp_compile.errors import InputError
 from sbp_compile.verify_inputs import inputs_of

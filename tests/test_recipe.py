@@ -12,7 +12,8 @@ from torch.nn.utils import prune
 import sbp_compile
 from sbp_compile.errors import UsageError
 from sbp_compile.nn import LogNormalNoise
-from sbp_compile.recipe import Recipe, load_recipe, numbers, ranges
+from sbp_compile.recipe import Recipe, load_recipe
+from sbp_compile.recipe_file import numbers, ranges
 from tests.networks import Masked, assert_close
 
 

@@ -33,13 +33,14 @@ from torch.utils import _pytree  # for its leaves; this is a tool
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
 
+from noise_constants import with_constants
+
 from sbp_compile.atomic import write_atomically
 from sbp_compile.capture.from_onnx import load_onnx, onnx_network
 from sbp_compile.capture.load import load_model
 from sbp_compile.compiler import compile as compile_module
 from sbp_compile.compiler import compile_file
 from sbp_compile.errors import CompileError
-from sbp_compile.nn import LogNormalNoise
 from tests.zoo import ZOO, masked_network
 
 RESULT = Path(__file__).resolve().parents[1] / "docs" / "results" / "onnx-in.md"
@@ -159,39 +160,10 @@ def export(
         return
     names = [f"input.{number}" for number in range(len(inputs))]
     axes = {name: {0: "batch"} for name in names} if dynamic else None
-    with_constants(network)
+    with_constants(network, inputs)
     torch.onnx.export(
         network, inputs, str(path), dynamo=False, opset_version=opset, input_names=names, dynamic_axes=axes
     )
-
-
-def with_constants(network: nn.Module) -> None:
-    """Replace noise layers by the product with a constant that they are in eval mode.
-
-    The older exporter has no float64 arithmetic that onnxruntime could run at these opsets.
-    """
-    for part in list(network.modules()):
-        for name, child in list(part.named_children()):
-            if isinstance(child, LogNormalNoise):
-                setattr(part, name, MaskedMean(child))
-
-
-class MaskedMean(nn.Module):
-    """Multiplication with a noise layer's masked mean."""
-
-    theta: Tensor
-    axis: int
-
-    def __init__(self, layer: LogNormalNoise) -> None:
-        super().__init__()
-        self.axis = layer.dim
-        masked = layer.mean() * layer.mask()
-        self.register_buffer("theta", masked.detach().to(torch.float32))
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = [1] * x.ndim
-        shape[self.axis] = len(self.theta)
-        return x * self.theta.view(shape)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -1,23 +1,31 @@
-"""Trace the networks of tests/zoo, and capture the traces in two ways: by the reader, and by torch's converter.
+"""Make TorchScript archives of the networks of tests/zoo, and capture and compile them.
 
-    python tools/torchscript.py [--network NAME]... [--write]
+    python tools/torchscript.py [--network NAME]... [--form traced|scripted|frozen]... [--json FILE] [--write]
 
-Each network is masked (half of the channels behind its norms), traced in float64 at batch 2, saved and loaded. What is
-captured is compared with the module itself at batch 2 and 3. torch's converter is not public
-(`torch._export.converter.TS2EPConverter`) and stands here for comparison alone. `--write` puts
-docs/results/torchscript.md. Exit code 1 if the reader failed or was not exact.
+Each network is masked (half of the channels behind its norms) and becomes three archives in float64: traced at batch 2,
+scripted as far as torch.jit.script takes it, and frozen (the script, else the trace), which folds norms into
+convolutions and makes attributes constants. Noise layers are no TorchScript: in scripts the constants stand that they
+are in eval mode. Each archive is loaded and captured by the reader, and compared with the module itself at batch 2 and
+3; then it goes through the compiler, whose proof compares with the script as torch runs it. Traces and scripts are
+captured by torch's converter, too, for comparison alone: it is not public (`torch._export.converter.TS2EPConverter`).
+`--json` keeps rows as they come, and goes on where an earlier run stopped; `--write` puts docs/results/torchscript.md.
+Exit code 1 if the reader failed or was not exact.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import sys
+import tempfile
 import time
+import types
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +36,33 @@ from torch.utils import _pytree  # for its leaves; this is a tool
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
 
+from noise_constants import with_constants
+
 from sbp_compile.atomic import write_atomically
 from sbp_compile.capture.export import export_module
+from sbp_compile.capture.load import load_model
 from sbp_compile.capture.torchscript import load_torchscript
+from sbp_compile.compiler import compile as compile_module
+from sbp_compile.compiler import compile_file
+from sbp_compile.errors import CompileError
 from tests.zoo import ZOO, masked_network
 
 RESULT = Path(__file__).resolve().parents[1] / "docs" / "results" / "torchscript.md"
 TOLERANCE = 1e-12
+FORMS = ("traced", "scripted", "frozen")
 Inputs = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a capture went: the error at batch 2 and 3 (None where it does not run there), or why there is none."""
+    """How a capture went: the error at batch 2 and 3 (None where it does not run there), or why there is none.
+
+    `is_refused`: by an error of ours, which names what it is.
+    """
 
     errors: tuple[float | None, float | None] = (None, None)
     reason: str = ""
+    is_refused: bool = False
     seconds: float = 0.0
 
     @property
@@ -57,6 +76,29 @@ class Outcome:
         return ", ".join("other batch refused" if error is None else f"{error:.0e}" for error in self.errors)
 
 
+@dataclass(frozen=True)
+class Row:
+    """One archive, and what came of it.
+
+    `absent`: why there is none; `compiled`: the proof's error in float64; `refusal`: why there is no proof; `macs`,
+    `module_macs`: multiply-adds of what the archive and the module compile to.
+    """
+
+    network: str
+    form: str
+    absent: str = ""
+    reader: Outcome = Outcome()
+    converter: Outcome | None = None
+    compiled: float = -1.0
+    refusal: str = ""
+    macs: int = 0
+    module_macs: int = 0
+
+    @property
+    def exact(self) -> bool:
+        return self.reader.exact and not self.refusal
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(
@@ -65,39 +107,112 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--network", action="append", choices=sorted(ZOO), metavar="NAME", help="default: all"
     )
+    parser.add_argument("--form", action="append", choices=FORMS, help="default: all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep rows here as they come")
     parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
     options = parser.parse_args(arguments)
-    rows = {}
+    rows = _kept(options.json)
     for name in options.network or sorted(ZOO):
-        with quiet():
-            rows[name] = measure(name)
-        print(name, *(outcome.text for outcome in rows[name]), sep=" | ", flush=True)
+        for form in options.form or FORMS:
+            if (name, form) in {(row.network, row.form) for row in rows}:
+                continue
+            with quiet():
+                rows.append(measure(name, form))
+            print(*_cells(rows[-1]), sep=" | ", flush=True)
+            if options.json is not None:
+                write_atomically(options.json, json.dumps([asdict(row) for row in rows], indent=1))
     if options.write:
         write_atomically(RESULT, page(rows))
-    return 0 if all(reader.exact for reader, _ in rows.values()) else 1
+    return 0 if all(row.exact for row in rows if not row.absent) else 1
 
 
-def measure(name: str) -> tuple[Outcome, Outcome]:
-    """Return how the reader and the converter did on one network."""
+def measure(name: str, form: str) -> Row:
+    """Make one archive, capture it in both ways, and compile it."""
     architecture = ZOO[name]
     network = masked_network(architecture, "after norm", 0.5)
-    dtype = torch.float64
+    for dtype in (torch.float64, torch.float32):  # the second for networks that make float32 values inside
+        batches = [cast(architecture.example(), dtype), cast(architecture.example(3), dtype)]
+        try:
+            network = network.to(dtype)
+            with torch.no_grad():
+                network(*batches[0])
+            break
+        except RuntimeError:
+            continue
     try:
-        wanted = traced(network.to(dtype), cast(architecture.example(), dtype))
-    except RuntimeError:  # a network that makes float32 values inside
-        dtype = torch.float32
-        wanted = traced(network.to(dtype), cast(architecture.example(), dtype))
-    batches = [cast(architecture.example(), dtype), cast(architecture.example(3), dtype)]
-    return outcome(read, wanted, network, batches), outcome(convert, wanted, network, batches)
+        content = archive(network, batches[0], form)
+    except Exception as error:  # whatever torch raises: a row of the table, not the end
+        return Row(name, form, absent=_line(error))
+    row = Row(name, form, reader=outcome(read, content, network, batches))
+    if form != "frozen":
+        row = replace(row, converter=outcome(convert, content, network, batches))
+    return compiled(row, content, network, batches[0])
 
 
-def traced(network: nn.Module, inputs: Inputs) -> bytes:
-    """Return the bytes of the network's trace."""
+def compiled(row: Row, content: bytes, network: nn.Module, inputs: Inputs) -> Row:
+    """Return the row with what the compiler made of the archive."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.ts"
+            path.write_bytes(content)
+            found = compile_file(load_model(path, example_inputs=inputs))
+    except CompileError as error:
+        return replace(row, refusal=_line(error))
+    except Exception as error:  # a bug of ours: it must show in the table
+        return replace(row, refusal=f"BUG: {type(error).__name__}: {_line(error)}")
+    proof = found.report.verification
+    assert proof is not None
+    module = compile_module(network, inputs, verify=False)
+    return replace(
+        row,
+        compiled=proof.float64_error,
+        macs=found.report.after.macs,
+        module_macs=module.report.after.macs,
+    )
+
+
+def archive(network: nn.Module, inputs: Inputs, form: str) -> bytes:
+    """Return the bytes of the network's archive; whatever torch raises where there is none."""
+    if form == "traced":
+        script: Any = traced(network, inputs)
+    else:
+        try:
+            script = scripted(network, inputs)
+        except Exception:
+            if form == "scripted":
+                raise
+            script = traced(network, inputs)
+        if form == "frozen":
+            script = torch.jit.freeze(script)
     buffer = io.BytesIO()
-    with torch.no_grad():
-        script = torch.jit.trace(network, inputs, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
     torch.jit.save(script, buffer)
     return buffer.getvalue()
+
+
+def traced(network: nn.Module, inputs: Inputs) -> Any:
+    """Return the network's trace."""
+    with torch.no_grad():
+        return torch.jit.trace(network, inputs, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
+
+
+def scripted(network: nn.Module, inputs: Inputs) -> Any:
+    """Return the network's script, with its noise layers as constants."""
+    with_constants(network, inputs)
+    for part in network.modules():
+        for cls in type(part).__mro__:
+            if not cls.__module__.startswith("torch."):
+                evaluate_annotations(cls)
+    return torch.jit.script(network)
+
+
+def evaluate_annotations(cls: type) -> None:
+    """Replace annotations that a future import left as texts, which torch.jit.script cannot read."""
+    functions = [entry for entry in vars(cls).values() if isinstance(entry, types.FunctionType)]
+    for owner in (cls, *functions):
+        own = vars(cls).get("__annotations__", {}) if owner is cls else owner.__annotations__
+        if any(isinstance(entry, str) for entry in own.values()):
+            hints = typing.get_type_hints(owner)
+            owner.__annotations__ = {key: hints[key] for key in own}
 
 
 def read(content: bytes, inputs: Inputs) -> ExportedProgram:
@@ -127,8 +242,8 @@ def outcome(
         with torch.no_grad():
             program = capture(content, batches[0]).module()
     except Exception as error:  # whatever torch raises: a row of the table, not the end
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return Outcome(reason=lines[0], seconds=time.perf_counter() - start)
+        refused = isinstance(error, CompileError)
+        return Outcome(reason=_line(error), is_refused=refused, seconds=time.perf_counter() - start)
     first, other = (difference(network, program, inputs) for inputs in batches)
     return Outcome((first, other), seconds=time.perf_counter() - start)
 
@@ -158,26 +273,83 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def page(rows: dict[str, tuple[Outcome, Outcome]]) -> str:
+def _kept(path: Path | None) -> list[Row]:
+    if path is None or not path.exists():
+        return []
+    return [_row(entry) for entry in json.loads(path.read_text())]
+
+
+def _row(entry: dict[str, Any]) -> Row:
+    for way in ("reader", "converter"):
+        if entry[way] is not None:
+            entry[way] = Outcome(**{**entry[way], "errors": tuple(entry[way]["errors"])})
+    return Row(**entry)
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0]
+
+
+def _cells(row: Row) -> list[str]:
+    if row.absent:
+        return [row.network, row.form, f"no archive: {row.absent[:90]}".replace("|", "/"), "", "", ""]
+    against = "same" if row.macs == row.module_macs else f"{row.macs / max(row.module_macs, 1):.3f}"
+    proof = row.refusal[:120].replace("|", "/") if row.refusal else f"{row.compiled:.0e}"
+    converter = "" if row.converter is None else row.converter.text
+    return [row.network, row.form, row.reader.text, proof, "" if row.refusal else against, converter]
+
+
+def page(rows: Sequence[Row]) -> str:
     """Return the results as a page."""
-    total = len(rows)
-    reader, converter = (sum(row[which].exact for row in rows.values()) for which in (0, 1))
     lines = [
-        "# Traces of the zoo",
+        "# TorchScript archives of the zoo",
         "",
-        f"Of {total} traced networks the reader captures {reader} exactly (error at most {TOLERANCE:.0e} in float64 at "
-        f"batch 2 and 3), torch's converter {converter}. Networks with half of the channels behind their norms masked; "
-        f"error is max|a - b| / max|a| against the module that was traced (in float32 where a network makes float32 "
-        f"values itself), torch {torch.__version__}.",
+        "Networks with half of the channels behind their norms masked, traced, scripted and frozen (the script, or the "
+        "trace where torch.jit.script does not take the network). *Captured exactly*: the error is at most "
+        f"{TOLERANCE:.0e} in float64 at batch 2 and 3, against the module that the archive was made of (in "
+        "float32, and equal, where a network makes float32 values itself). *Compiled exactly*: the proof's "
+        "error in float64 against the script as torch runs it is within its tolerance. Error is max|a - b| / max|a|. "
+        f"torch {torch.__version__}.",
         "",
         "Command: `python tools/torchscript.py --write`",
         "",
-        "| network | reader: error at batch 2, at 3 | seconds | converter | seconds |",
-        "|---|---|---|---|---|",
+        *_totals(rows),
+        "",
+        "Multiply-adds are against what the module itself compiles to.",
+        "",
+        "| network | archive | reader: error at batch 2, at 3 | compiled: error | multiply-adds | converter |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, (ours, theirs) in rows.items():
-        lines.append(f"| {name} | {ours.text} | {ours.seconds:.0f} | {theirs.text} | {theirs.seconds:.0f} |")
+    ordered = sorted(rows, key=lambda row: (row.network, FORMS.index(row.form)))
+    lines += ["| " + " | ".join(_cells(row)) + " |" for row in ordered]
     return "\n".join(lines) + "\n"
+
+
+def _totals(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| archive | made by torch | captured exactly | compiled exactly | refused by name | failed "
+        "| multiply-adds as from the module | captured exactly by torch's converter |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for form in FORMS:
+        mine = [row for row in rows if row.form == form]
+        made = [row for row in mine if not row.absent]
+        exact = [row for row in made if row.exact]
+        refused = sum(row.reader.is_refused for row in made)
+        converted = [row.converter for row in made if row.converter is not None]
+        cells = [
+            form,
+            f"{len(made)} of {len(mine)}",
+            sum(row.reader.exact for row in made),
+            len(exact),
+            refused,
+            len(made) - len(exact) - refused,
+            sum(row.macs <= row.module_macs for row in exact),
+            sum(way.exact for way in converted) if converted else "not tried",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One call's example inputs, from names, shapes and dtypes or from an .npz file, and their dynamic axes."""
+"""One call's example inputs, from names, shapes and dtypes, and their dynamic axes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
@@ -84,30 +82,6 @@ def parse_axes(texts: Sequence[str]) -> dict[str, dict[int, str]]:
                 raise UsageError(f"--dynamic {text!r}: {name!r} is not a name; {_HOW_AXES}")
             axes[int(axis)] = name
     return found
-
-
-def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz file; `InputError` for anything else."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except OSError as error:
-        raise InputError(
-            f"cannot read inputs from {str(path)!r}: {(error.strerror or str(error)).lower()}"
-        ) from error
-    except Exception as error:  # numpy and zipfile document no closed list of what damaged files raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"cannot read inputs from {str(path)!r}: {reason}; expected an .npz file of numeric arrays"
-        ) from error
-
-
-def as_tensor(name: str, array: np.ndarray) -> Tensor:
-    """Return an array as a tensor of this machine's byte order; `InputError` where it has no numbers."""
-    try:
-        return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
-    except TypeError as error:
-        raise InputError(f"input {name!r} has dtype {array.dtype}; expected numbers") from error
 
 
 def bind(function: Any, given: Named, source: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 from passes.targets import Layer
 from sbp_compile.atomic import write_atomically
 from sbp_compile.errors import ModelFileError
+from sbp_compile.json_file import read_json
 from sbp_compile.tuning.layer_times import LayerTimes
 
 FORMAT = 1
@@ -32,17 +33,18 @@ def load_times(path: Path) -> list[LayerTimes]:
     Raises ModelFileError where the file cannot be read or holds something else.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        held = read_json(path)
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise _damaged(path, type(error).__name__) from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
     try:
-        held = json.loads(content)
         if held["format"] != FORMAT:
             raise _damaged(path, f"format {held['format']!r}, not {FORMAT}")
         return [_times_of(entry) for entry in held["machines"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
