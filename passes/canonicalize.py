@@ -33,9 +33,10 @@ from passes.ir.program import Op, Program
 from passes.ir.rewriter import Rewriter
 from passes.placements import PLACEMENTS, SIZED_BY_CONSTANTS
 from passes.rules.pointwise import CASTS, COPIES
-from passes.spell_pieces import piece, select
+from passes.rules.view import SQUEEZES
+from passes.spell_pieces import piece, select, squeeze
 from passes.spell_products import PRODUCTS
-from passes.spellings import FIRST_OUTPUTS, SPELLINGS
+from passes.spellings import FIRST_OUTPUTS, SPELLINGS, group_norm
 from passes.unstack import RECURRENT, last_states, unstack
 
 aten = torch.ops.aten
@@ -353,6 +354,9 @@ def _view(op: Op, rewriter: Rewriter) -> fx.Node | None:
         return None
     if op.info.has_shape_of(op.info_of(source)):
         return rewriter.value(source)
+    norm = group_norm(op, rewriter)
+    if norm is not None:
+        return norm
     entries = enumerate(rewriter.map(op.arg("size", "shape")))
     sizes = [op.out.sizes[axis] if op.out.is_static(axis) else entry for axis, entry in entries]
     distances = {
@@ -402,6 +406,7 @@ HANDLERS: dict[Any, Handler] = {
     **SPELLINGS,
     **PRODUCTS,
     aten.select.int: select,
+    **dict.fromkeys(SQUEEZES, squeeze),
     **PLACEMENTS,
     **FORMULAS,
     aten.convolution.default: _convolution,

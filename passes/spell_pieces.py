@@ -8,7 +8,8 @@ Read like that, the three keep one set of channels, a product of sets of 3, H an
 
     select(permute(reshape(x, (..., 3, H, D))), i)  =  permute(reshape(x[..., positions of i], (..., H, D)))
 
-where the three axes share a block of the view with one axis of x; each piece has then channels of its own.
+where the three axes share a block of the view with one axis of x; each piece has then channels of its own. A slice of
+one entry whose axis is squeezed is such a select, too.
 """
 
 from __future__ import annotations
@@ -34,6 +35,23 @@ def select(op: Op, rewriter: Rewriter) -> fx.Node | None:
     if not isinstance(source, fx.Node) or not isinstance(index, int):
         return None
     return piece(op, rewriter, source, op.args["dim"], index)
+
+
+def squeeze(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    """A `squeeze` of an axis that was sliced to one entry, as ONNX files have a `select`."""
+    source = op.operands[0]
+    if source.target is not aten.slice.Tensor or source not in op.program.infos:
+        return None
+    cut = op.program.op(source)
+    axis, start = cut.axis(cut.args["dim"], cut.operands[0]), cut.args["start"]
+    start = 0 if start is None else start
+    whole, reading = cut.info_of(cut.operands[0]), SQUEEZES[op.target](op)
+    others = [other for other in range(whole.rank) if other != axis]
+    if reading is None or [read.source for read in reading.axes] != others or not whole.is_static(axis):
+        return None
+    if not isinstance(start, int) or not -whole.sizes[axis] <= start < whole.sizes[axis]:
+        return None
+    return piece(op, rewriter, cut.operands[0], axis, start)
 
 
 def piece(op: Op, rewriter: Rewriter, source: fx.Node, axis: int, index: int) -> fx.Node | None:

@@ -7,6 +7,7 @@
   leaves out, those that begin behind everything);
 - an average pool with a divisor of its own becomes a plain one times a number (ONNX has no such attribute);
 - a concatenation loses operands without entries;
+- an instance norm between two views, as ONNX files have a group norm, becomes a group norm;
 - pad becomes constant_pad_nd, reflection_pad* or replication_pad*, and nothing where it adds nothing;
 - the operators of `a & b`, `a | b` and `a ^ b` become bitwise_and, bitwise_or and bitwise_xor.
 
@@ -25,6 +26,7 @@ from torch import fx
 
 from passes.ir.program import Op
 from passes.ir.rewriter import Rewriter
+from passes.rules.view import RESHAPES
 
 aten = torch.ops.aten
 
@@ -185,6 +187,42 @@ def _has_no_window_more(op: Op, spatial_rank: int) -> bool:
 def _per_axis(value: int | list[int], count: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return values * count if len(values) == 1 else values
+
+
+def group_norm(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    """A view of an instance norm of a view, back in the first one's shape, where neighbouring channels make a group.
+
+    With x of shape (N, C, ...): reshape(instance_norm(reshape(x, (N, G, -1))), x.shape) = group_norm(x, G).
+    """
+    norm = _made_by(op, op.operands[0], (aten.instance_norm.default,))
+    view = None if norm is None else _made_by(norm, norm.args["input"], RESHAPES)
+    if norm is None or view is None or not norm.args["use_input_stats"] or not view.operands:
+        return None
+    x, flat = view.info_of(view.operands[0]), view.out
+    if x.rank < 2 or not op.out.has_shape_of(x) or x.key(0) != flat.key(0):
+        return None
+    if not (x.is_static(1) and flat.is_static(1)) or flat.is_empty or x.sizes[1] % flat.sizes[1]:
+        return None
+    given = [norm.args[name] for name in ("weight", "bias")]
+    affine = [_per_channel(norm, rewriter, node, x.sizes[1]) for node in given]
+    if [node is None for node in given] != [node is None for node in affine]:
+        return None
+    args = (rewriter.value(view.operands[0]), flat.sizes[1], *affine, norm.args["eps"])
+    return rewriter.call(aten.group_norm.default, args, like=op.node)
+
+
+def _made_by(op: Op, source: Any, targets: tuple[Any, ...]) -> Op | None:
+    known = isinstance(source, fx.Node) and source.target in targets and source in op.program.infos
+    return op.program.op(source) if known else None
+
+
+def _per_channel(norm: Op, rewriter: Rewriter, node: Any, channels: int) -> fx.Node | None:
+    """Return a constant with one entry for each group as one with an entry for each channel."""
+    value = norm.program.constant(node) if isinstance(node, fx.Node) else None
+    if value is None:
+        return None
+    repeated = value.repeat_interleave(channels // len(value))
+    return rewriter.constant(repeated, str(node.target), rewriter.dtype_of(node))
 
 
 FIRST_OUTPUTS: dict[Any, Piece] = {

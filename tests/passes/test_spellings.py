@@ -99,3 +99,37 @@ def test_a_pool_in_ceil_mode_stays_one_only_where_it_has_windows_more(pool, size
 )
 def test_operators_between_masks_are_spelled_as_functions(function, target):
     assert target in canonical(lambda x: torch.where(function(x > 0, x < 1), x, 0.5), 2, 3)
+
+
+def normed(x, groups, shape, weight=None, bias=None):
+    flat = F.instance_norm(x.reshape(x.shape[0], groups, -1), weight=weight, bias=bias)
+    return flat.reshape(shape(x))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 5, 3), (2, 8, 6), (2, 8)])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_an_instance_norm_between_views_is_a_group_norm(shape, groups):
+    weight, bias = torch.randn(groups), torch.randn(groups)
+    found = canonical(lambda x: normed(x, groups, lambda x: x.shape, weight, bias), *shape)
+    assert found == [aten.group_norm.default]
+
+
+@pytest.mark.parametrize(
+    ("groups", "shape"),
+    [(4, lambda x: (x.shape[0], 4, -1, 3)), (16, lambda x: x.shape), (4, lambda x: (-1, 5, 3))],
+)
+def test_an_instance_norm_whose_groups_are_no_whole_channels_stays(groups, shape):
+    found = canonical(lambda x: normed(x, groups, shape), 2, 8, 5, 3 * (groups // 4))
+    assert aten.instance_norm.default in found
+
+
+def heads(x, start, end, axes):
+    parts = x.reshape(x.shape[0], 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    return parts[start:end].squeeze(axes)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 1), (1, 2), (-1, None), (-3, -2), (-9, 1)])
+def test_a_slice_of_one_entry_that_is_squeezed_is_a_piece_of_the_flat_axis(start, end):
+    found = canonical(lambda x: heads(x, start, end, 0), 2, 5, 24)
+    assert (aten.squeeze.dim in found) == (start == -9)
+    assert found.index(aten.slice.Tensor) == (0 if start > -9 else 2)
