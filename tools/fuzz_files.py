@@ -14,9 +14,9 @@ crafted made by hand (NUMBER is its name): 100 GB claimed, bombs, absurd sizes, 
 
 Each is read in a process of its own, forked from one that has torch loaded: ONNX files up to a module, weights without
 the network that they are for, other networks up to an exported program; what is given beside a network (arrays to
-verify on and to calibrate 8 bits by, recipes, measured times) up to what the network takes. One in 40, and every
-crafted one, goes through the command line and all of the compiler. What is damaged stands in fuzz_formats.py, how in
-fuzz_mutants.py and fuzz_crafted.py, and what is a defect in fuzz_judge.py.
+verify on and to calibrate 8 bits by, recipes, measured times) up to what the network takes. One in 40 (of the latter
+one in 200), and every crafted one, goes through the command line and all of the compiler. What is damaged stands in
+fuzz_formats.py, how in fuzz_mutants.py and fuzz_crafted.py, and what is a defect in fuzz_judge.py.
 A defect is an exception of another kind than ours, an exit code that is not documented, a new file after a refusal, a
 signal, more than 10 s for a refusal or 30 s for anything, or more than 2 GB (of the whole process). Exit code 1 if
 there was one.
@@ -42,6 +42,9 @@ from fuzz_formats import FORMATS
 from fuzz_judge import Outcome, in_a_process, judged
 from fuzz_mutants import mutant, names
 
+from sbp_compile.atomic import write_atomically
+
+SAVED_EVERY = 25
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "docs" / "results" / "fuzz-files.md"
 HEADING = """# Damaged files
@@ -63,11 +66,18 @@ def base_memory() -> int:
     return in_a_process("nothing", lambda: (0, "")).memory
 
 
-def fuzz(chosen: Sequence[str], seed: int, console: Console, found: list[Outcome]) -> None:
-    """Judge the mutants of some names, and add what became of them to `found`."""
+def save(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Keep outcomes in a file, from which a later run goes on."""
+    write_atomically(path, json.dumps([asdict(outcome) for outcome in outcomes]))
+
+
+def fuzz(chosen: Sequence[str], seed: int, console: Console, found: list[Outcome], path: Path | None) -> None:
+    """Judge the mutants of some names, and add what became of them to `found`, and to a file now and then."""
     for name in track(chosen, "files", console=console, transient=True):
         outcome = judged(name, mutant(name, seed), seed=seed)
         found.append(outcome)
+        if path is not None and len(found) % SAVED_EVERY == 0:
+            save(path, found)
         if outcome.defect:
             console.print(f"{name}: {outcome.defect}: {outcome.message}", markup=False, soft_wrap=True)
 
@@ -112,11 +122,11 @@ def main() -> int:
     done = {outcome.name for outcome in outcomes}
     interrupted = False
     try:
-        fuzz([name for name in chosen if name not in done], options.seed, console, outcomes)
+        fuzz([name for name in chosen if name not in done], options.seed, console, outcomes, options.json)
     except KeyboardInterrupt:  # the next run goes on from here
         interrupted = True
     if options.json:
-        options.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
+        save(options.json, outcomes)
     if interrupted:
         return 130
     text = table(outcomes)

@@ -22,7 +22,8 @@ LONGEST = 30.0
 MEMORY = 2 * 10**9
 HARD_MEMORY = 12 * 2**30  # of address space: the machine's other work goes on
 DOCUMENTED = frozenset({0, 2, 3, 4, 5})
-EVERY = 40  # how many mutants are loaded for one that is compiled
+EVERY = 40  # how many networks are loaded for one that is compiled
+EVERY_BESIDE = 200  # of what is given beside a network, which is the same each time
 DEFECT = 99
 
 
@@ -47,7 +48,8 @@ def judged(name: str, content: bytes, *, seed: int = 0, whole: bool | None = Non
     """Load a file of a format (the name's first part) in a forked process, or compile it if `whole`."""
     kind_of_file = name.partition(":")[0]
     if whole is None:
-        whole = ":crafted:" in name or random.Random(f"whole {seed} {name}").randrange(EVERY) == 0
+        every = EVERY if FORMATS[kind_of_file].option is None else EVERY_BESIDE
+        whole = ":crafted:" in name or random.Random(f"whole {seed} {name}").randrange(every) == 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.bin"
         path.write_bytes(content)

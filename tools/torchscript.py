@@ -1,14 +1,16 @@
 """Make TorchScript archives of the networks of tests/zoo, and capture and compile them.
 
-    python tools/torchscript.py [--network NAME]... [--form traced|scripted|frozen]... [--json FILE] [--write]
+    python tools/torchscript.py [--network NAME]... [--form traced|scripted|frozen]... [--capture] [--json FILE]
+                                [--write]
 
 Each network is masked (half of the channels behind its norms) and becomes three archives in float64: traced at batch 2,
 scripted as far as torch.jit.script takes it, and frozen (the script, else the trace), which folds norms into
 convolutions and makes attributes constants. Noise layers are no TorchScript: in scripts the constants stand that they
 are in eval mode. Each archive is loaded and captured by the reader, and compared with the module itself at batch 2 and
 3; then it goes through the compiler, whose proof compares with the script as torch runs it. Traces and scripts are
-captured by torch's converter, too, for comparison alone: it is not public (`torch._export.converter.TS2EPConverter`).
-`--json` keeps rows as they come, and goes on where an earlier run stopped; `--write` puts docs/results/torchscript.md.
+captured by torch's converter, too, for comparison alone: it is not public
+(`torch._export.converter.TS2EPConverter`). `--capture` stops behind the reader. `--json` keeps rows as they come, and
+goes on where an earlier run stopped; `--write` puts docs/results/torchscript.md.
 Exit code 1 if the reader failed or was not exact.
 """
 
@@ -110,6 +112,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--form", action="append", choices=FORMS, help="default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep rows here as they come")
     parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
+    parser.add_argument("--capture", action="store_true", help="neither compile nor convert")
     options = parser.parse_args(arguments)
     rows = _kept(options.json)
     for name in options.network or sorted(ZOO):
@@ -117,7 +120,7 @@ def main(arguments: Sequence[str]) -> int:
             if (name, form) in {(row.network, row.form) for row in rows}:
                 continue
             with quiet():
-                rows.append(measure(name, form))
+                rows.append(measure(name, form, capture_only=options.capture))
             print(*_cells(rows[-1]), sep=" | ", flush=True)
             if options.json is not None:
                 write_atomically(options.json, json.dumps([asdict(row) for row in rows], indent=1))
@@ -126,7 +129,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if all(row.exact for row in rows if not row.absent) else 1
 
 
-def measure(name: str, form: str) -> Row:
+def measure(name: str, form: str, *, capture_only: bool = False) -> Row:
     """Make one archive, capture it in both ways, and compile it."""
     architecture = ZOO[name]
     network = masked_network(architecture, "after norm", 0.5)
@@ -144,6 +147,8 @@ def measure(name: str, form: str) -> Row:
     except Exception as error:  # whatever torch raises: a row of the table, not the end
         return Row(name, form, absent=_line(error))
     row = Row(name, form, reader=outcome(read, content, network, batches))
+    if capture_only:
+        return row
     if form != "frozen":
         row = replace(row, converter=outcome(convert, content, network, batches))
     return compiled(row, content, network, batches[0])
@@ -294,6 +299,8 @@ def _line(error: BaseException) -> str:
 def _cells(row: Row) -> list[str]:
     if row.absent:
         return [row.network, row.form, f"no archive: {row.absent[:90]}".replace("|", "/"), "", "", ""]
+    if row.compiled < 0 and not row.refusal:
+        return [row.network, row.form, row.reader.text, "not tried", "", ""]
     against = "same" if row.macs == row.module_macs else f"{row.macs / max(row.module_macs, 1):.3f}"
     proof = row.refusal[:120].replace("|", "/") if row.refusal else f"{row.compiled:.0e}"
     converter = "" if row.converter is None else row.converter.text
@@ -328,25 +335,26 @@ def page(rows: Sequence[Row]) -> str:
 
 def _totals(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "| archive | made by torch | captured exactly | compiled exactly | refused by name | failed "
-        "| multiply-adds as from the module | captured exactly by torch's converter |",
+        "| archive | made by torch | captured exactly | refused by name | failed | compiled exactly, of those tried "
+        "| multiply-adds as from the module | captured exactly by torch's converter, of those tried |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for form in FORMS:
         mine = [row for row in rows if row.form == form]
         made = [row for row in mine if not row.absent]
-        exact = [row for row in made if row.exact]
+        tried = [row for row in made if row.compiled >= 0 or row.refusal]
+        exact = [row for row in tried if row.exact]
         refused = sum(row.reader.is_refused for row in made)
         converted = [row.converter for row in made if row.converter is not None]
         cells = [
             form,
             f"{len(made)} of {len(mine)}",
             sum(row.reader.exact for row in made),
-            len(exact),
             refused,
-            len(made) - len(exact) - refused,
-            sum(row.macs <= row.module_macs for row in exact),
-            sum(way.exact for way in converted) if converted else "not tried",
+            sum(not (row.reader.exact or row.reader.is_refused) for row in made),
+            f"{len(exact)} of {len(tried)}",
+            f"{sum(row.macs <= row.module_macs for row in exact)} of {len(exact)}",
+            f"{sum(way.exact for way in converted)} of {len(converted)}",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
