@@ -99,6 +99,9 @@ compare:
 	$(MAKE) VENV=.venv-compare .venv-compare/.installed
 	.venv-compare/bin/python -m pip install --quiet --no-deps -r tools/compare-requirements.txt
 	.venv-compare/bin/python tools/compare.py --write
+	mkdir -p out
+	.venv-compare/bin/python tools/onnx_peer.py --json out/onnx-peer.json --exporter legacy
+	.venv-compare/bin/python tools/onnx_peer.py --json out/onnx-peer.json --write
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,8 +18,8 @@ verify on and to calibrate 8 bits by, recipes, measured times) up to what the ne
 one in 200), and every crafted one, goes through the command line and all of the compiler. What is damaged stands in
 fuzz_formats.py, how in fuzz_mutants.py and fuzz_crafted.py, and what is a defect in fuzz_judge.py.
 A defect is an exception of another kind than ours, an exit code that is not documented, a new file after a refusal, a
-signal, more than 10 s for a refusal or 30 s for anything, or more than 2 GB (of the whole process). Exit code 1 if
-there was one.
+signal, more than 10 s of processor time for a refusal, 60 s for anything, or more than 2 GB (of the whole process).
+Exit code 1 if there was one.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ Mutants of one small network in every format that is read, and of what is given 
 `--int8`), recipes (`--apply`), measured times (`--tuning-file`). What each kind of damage is stands in
 tools/fuzz_files.py. *Read*: the damage left something to go on with, another network or the same. *Refused*: by an
 error of ours, with the exit code that is documented and nothing written. *Defects*: anything else, a signal, more than
-10 s for a refusal or 30 s for anything, or more than 2 GB. Memory is that of the whole process, torch and onnxruntime
-included; {base:.2f} GB of it are there before a file is opened.
+10 s of processor time for a refusal, 60 s for anything, or more than 2 GB. Memory is that of the whole process, torch
+and onnxruntime included; {base:.2f} GB of it are there before a file is opened.
 
 """
 

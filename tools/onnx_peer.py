@@ -184,24 +184,40 @@ def _cells(row: Row) -> list[str]:
 
 def page(rows: Sequence[Row]) -> str:
     """Return the results as a page."""
-    made = [row for row in rows if not row.export]
-    exact = [sum(row.is_exact(reader) for row in made) for reader in range(len(READERS))]
     lines = [
         "# ONNX files through another reader",
         "",
-        f"Of {len(made)} files the reader of this package is exact on {exact[0]}, onnx2torch "
-        f"{importlib.metadata.version('onnx2torch')} on {exact[1]}. Networks of tests/zoo with half of the channels "
-        "behind their norms masked, as torch's exporters write them at batch 2; exact: within "
-        f"{TOLERANCE:.0e} of onnxruntime on the file, in float32, at batch 2 and 3. Errors are max|a - b| / max|a|. "
+        "Networks of tests/zoo with half of the channels behind their norms masked, as torch's exporters write them at "
+        "batch 2 (dynamo: opset 18; legacy, the older one: opset 13), read by this package and by onnx2torch "
+        f"{importlib.metadata.version('onnx2torch')}. Exact: within {TOLERANCE:.0e} of onnxruntime on the file, in "
+        "float32, at batch 2 and 3. Errors are max|a - b| / max|a|. "
         f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}.",
         "",
-        "Command: `python tools/onnx_peer.py --write`",
+        "Command: `python tools/onnx_peer.py --json out/onnx-peer.json --exporter legacy`, then "
+        "`python tools/onnx_peer.py --json out/onnx-peer.json --write`",
+        "",
+        *_totals(rows),
         "",
         "| network | exporter | this package | onnx2torch |",
         "|---|---|---|---|",
     ]
     ordered = sorted(rows, key=lambda row: (row.network, row.exporter))
     return "\n".join([*lines, *("| " + " | ".join(_cells(row)) + " |" for row in ordered)]) + "\n"
+
+
+def _totals(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| exporter | files that it wrote | exact by this package | exact by onnx2torch |",
+        "|---|---|---|---|",
+    ]
+    for exporter in OPSETS:
+        mine = [row for row in rows if row.exporter == exporter]
+        made = [row for row in mine if not row.export]
+        exact = [sum(row.is_exact(reader) for row in made) for reader in range(len(READERS))]
+        lines.append(
+            f"| {exporter} {OPSETS[exporter]} | {len(made)} of {len(mine)} | {exact[0]} | {exact[1]} |"
+        )
+    return lines
 
 
 if __name__ == "__main__":

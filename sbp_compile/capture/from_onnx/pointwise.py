@@ -108,11 +108,10 @@ def pair(a: Value, b: Value) -> tuple[Any, Any]:
 
 @translates("Div")
 def _divide(node: Node, a: Value, b: Value) -> Tensor:
-    rounding = None if dtype(a).is_floating_point or dtype(a).is_complex else "trunc"
     x, y = pair(a, b)
-    if not isinstance(x, Tensor) and rounding is None:
+    if dtype(a).is_floating_point or dtype(a).is_complex:
         return x / y  # type: ignore[no-any-return]
-    return torch.div(x if isinstance(x, Tensor) else tensor(a), y, rounding_mode=rounding)
+    return torch.div(x if isinstance(x, Tensor) else tensor(a), y, rounding_mode="trunc")
 
 
 @translates("Mod")
