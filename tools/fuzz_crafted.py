@@ -201,7 +201,7 @@ def _crafted_arrays(content: bytes) -> dict[str, bytes]:
     found["folder"] = given(array, "x.npy", ("folder/", b""))
     found["many"] = _zip_of([(f"x{number}.npy", array[:160]) for number in range(20000)])
     zeros = _header(f"({2**32},)", "|i1") + bytes(2**20)
-    found["packed zeros"] = _packed_zeros(_header(f"({2**30},)", "|i1"), 2**30)
+    found["packed zeros"] = _packed_zeros(_header(f"({2**29},)", "|i1"), 2**29)
     found["packed claim"] = _zip_of([("x.npy", zeros)], compression=zipfile.ZIP_DEFLATED)
     found["packed by others"] = _zip_of([("x.npy", array)], compression=zipfile.ZIP_LZMA)
     found["labels"] = given(array, "x.npy", ("labels.npy", _npy(np.array(["a", "b"]))))
