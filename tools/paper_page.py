@@ -16,6 +16,7 @@ from sbp_compile.atomic import atomic_path, write_atomically
 from sbp_compile.timing import environment
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+KEPT = "paper-runs.json"
 NAMES = {"lenet5": "LeNet-5", "lenet500300": "LeNet-500-300", "vgg-like": "VGG-like"}
 METHOD_NAMES = {"sparse-vd": "SparseVD", "ssl": "SSL", "sbp": "SBP", "sbpa": "SBPa"} | {
     name: name for name in ("dense", "dropout")
@@ -121,7 +122,9 @@ class Outcome:
 
 
 def outcomes(folder: Path) -> dict[str, Outcome]:
-    """Read what is there, by the name of the run."""
+    """Read what is there, in the folder or from runs that are there no more, by the name of the run."""
+    kept = RESULTS / KEPT
+    recorded = json.loads(kept.read_text()) if kept.exists() else {}
     found = {}
     for run in RUNS:
         log, measured = (folder / f"{run.name}{suffix}" for suffix in (".json", ".measured.json"))
@@ -130,12 +133,34 @@ def outcomes(folder: Path) -> dict[str, Outcome]:
             points = json.loads(sweep.read_text())["points"] if sweep.exists() else ()
             about, numbers = (json.loads(path.read_text()) for path in (log, measured))
             found[run.name] = Outcome(run, about, numbers, tuple(points))
+        elif run.name in recorded:
+            held = recorded[run.name]
+            found[run.name] = Outcome(run, held["log"], held["measured"], tuple(held["sweep"]))
     return found
+
+
+def keep(found: dict[str, Outcome]) -> None:
+    """Write down what the page needs of every run, so that it can be added to when the runs are gone."""
+    needed = {
+        name: {
+            "log": {key: row.log[key] for key in ("dense_error", "train_error") if key in row.log}
+            | {"epochs": [{key: epoch[key] for key in ("phase", "seconds")} for epoch in row.log["epochs"]]},
+            "measured": row.measured,
+            "sweep": [
+                {key: point.get(key) for key in ("best", "dense_macs", "macs", "error")}
+                for point in row.sweep
+            ],
+        }
+        for name, row in found.items()
+    }
+    lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in needed.items()]
+    write_atomically(RESULTS / KEPT, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def write_page(folder: Path) -> None:
     """Write the page and its figures."""
     found = outcomes(folder)
+    keep(found)
     parts = [HEAD.format(**environment()), *goals(found)]
     for dataset, title in (
         (
@@ -145,7 +170,11 @@ def write_page(folder: Path) -> None:
         ("fashion-mnist", "Fashion-MNIST: 60,000 to train, 10,000 to test; one seed"),
     ):
         parts += [f"## {title}\n\n", *table(found, dataset), "\n"]
-        if draw_curves(found, dataset, RESULTS / f"paper-{dataset}.png"):
+        figure = RESULTS / f"paper-{dataset}.png"
+        has_runs = any((folder / f"{run.name}.json").exists() for run in RUNS if run.dataset == dataset)
+        if has_runs:
+            draw_curves(found, dataset, figure)
+        if figure.exists():
             parts.append(f"![error against multiply-adds](paper-{dataset}.png)\n\n")
     parts += [*per_seed(found), *random_labels(found), *shortened(found)]
     parts.append(NOTES)
@@ -259,14 +288,14 @@ def shortened(found: dict[str, Outcome]) -> Iterator[str]:
     yield "\n"
 
 
-def draw_curves(found: dict[str, Outcome], dataset: str, path: Path) -> bool:
-    """Draw error against multiply-adds for each network and method; False where there is nothing."""
+def draw_curves(found: dict[str, Outcome], dataset: str, path: Path) -> None:
+    """Draw error against multiply-adds for each network and method, where there is anything."""
     from matplotlib.figure import Figure
 
     chosen = [row for row in found.values() if row.run.dataset == dataset and not row.run.label]
     chosen = [row for row in chosen if row.run.network in LENETS and row.measured["fewest_macs"]]
     if not chosen:
-        return False
+        return
     figure = Figure(figsize=(10.0, 4.0), layout="constrained")
     for axis, network in zip(figure.subplots(1, 2), LENETS, strict=True):
         rows = [row for row in chosen if row.run.network == network]
@@ -276,7 +305,6 @@ def draw_curves(found: dict[str, Outcome], dataset: str, path: Path) -> bool:
         axis.grid(alpha=0.3)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=90, metadata={"Software": None})
-    return True
 
 
 def _draw_network(axis: Any, rows: Sequence[Outcome]) -> None:

@@ -66,6 +66,19 @@ def test_the_page_shows_what_is_there_beside_the_paper(tools, tmp_path, monkeypa
     assert not (tmp_path / "results" / "paper-fashion-mnist.png").exists()
 
 
+def test_the_page_can_be_added_to_when_the_runs_are_gone(tools, tmp_path, monkeypatch):
+    page = tools["page"]
+    first, second, results = (tmp_path / name for name in ("first", "second", "results"))
+    for folder in (first, second, results):
+        folder.mkdir()
+    monkeypatch.setattr(page, "RESULTS", results)
+    write_outcome(first, "lenet5-digits-sbp-0", 2.0, 100)
+    write_outcome(second, "lenet5-digits-sbp-1", 3.0, 50)
+    page.write_page(first)
+    page.write_page(second)
+    assert "| LeNet-5 | SBP | 2 | 2.50 |" in (results / "paper.md").read_text()
+
+
 def test_the_stand_in_is_read_as_cifar10(tools, tmp_path):
     images = np.arange(6 * 28 * 28, dtype=np.uint8).reshape(6, 28, 28)
     for name in (*tools["stand_in"].TRAIN, tools["stand_in"].TEST):
