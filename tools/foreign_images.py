@@ -64,7 +64,7 @@ def timm_networks() -> dict[str, Architecture]:
     """Timm's, by name: "timm/" and timm's own."""
 
     def make(name: str) -> nn.Module:
-        made: nn.Module = from_packages("timm").create_model(name, num_classes=10)
+        made: nn.Module = from_packages("timm", absent="torchvision").create_model(name, num_classes=10)
         return made
 
     return {
@@ -77,7 +77,9 @@ def pytorchcv_networks() -> dict[str, Architecture]:
     """Pytorchcv's, by name."""
 
     def make(name: str, options: dict[str, Any]) -> nn.Module:
-        made: nn.Module = from_packages("pytorchcv.model_provider").get_model(name, **options)
+        made: nn.Module = from_packages("pytorchcv.model_provider", absent="torchvision").get_model(
+            name, **options
+        )
         return made
 
     found = {}

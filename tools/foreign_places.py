@@ -25,16 +25,24 @@ PLACEMENTS = ("convolutions", "hidden")
 READERS = ("*.down_proj", "*.c_proj", "*.Wo", "*.dense_4h_to_h", "*.fc2")
 
 
-def from_packages(name: str) -> types.ModuleType:
+def from_packages(name: str, *, absent: str = "") -> types.ModuleType:
     """Import a module of the packages beside, which need not be installed.
 
-    Torchvision has no build without a GPU that could be had: where a package only imports it, an empty one does.
+    `absent`: a package that it imports and does not need for its networks (torchvision, which has no build without a
+    GPU that could be had): if it is not there, an empty one takes its place meanwhile.
     """
     if str(PACKAGES) not in sys.path:
         sys.path.append(str(PACKAGES))
-        if importlib.util.find_spec("torchvision") is None:
-            sys.meta_path.append(_Absent("torchvision"))
-    return importlib.import_module(name)
+    if not absent or importlib.util.find_spec(absent) is not None:
+        return importlib.import_module(name)
+    finder = _Absent(absent)
+    sys.meta_path.append(finder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.meta_path.remove(finder)
+        for found in [key for key in sys.modules if key.partition(".")[0] == absent]:
+            del sys.modules[found]
 
 
 def foreign(
