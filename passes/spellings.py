@@ -189,6 +189,15 @@ def _per_axis(value: int | list[int], count: int) -> list[int]:
     return values * count if len(values) == 1 else values
 
 
+def _type_as(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    """The cast to a dtype: torch's own decomposition names a device as well, which not every run has."""
+    x, other = op.args["self"], op.args["other"]
+    if not all(isinstance(node, fx.Node) and node in op.program.infos for node in (x, other)):
+        return None
+    dtype = {"dtype": op.info_of(other).dtype}
+    return rewriter.call(aten._to_copy.default, (rewriter.value(x),), dtype, like=op.node)
+
+
 def group_norm(op: Op, rewriter: Rewriter) -> fx.Node | None:
     """A view of an instance norm of a view, back in the first one's shape, where neighbouring channels make a group.
 
@@ -249,6 +258,7 @@ SPELLINGS: dict[Any, Spelling] = {
     aten.__and__.Tensor: _renamed(aten.bitwise_and.Tensor),
     aten.__or__.Tensor: _renamed(aten.bitwise_or.Tensor),
     aten.__xor__.Tensor: _renamed(aten.bitwise_xor.Tensor),
+    aten.type_as.default: _type_as,
     aten.diagonal_copy.default: _renamed(aten.diagonal.default),
     aten.pad.default: _pad,
     aten.constant_pad_nd.default: _constant_pad,

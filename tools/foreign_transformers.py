@@ -134,10 +134,6 @@ def _images() -> Iterator[_Entry]:
         ("yolos", "Yolos", "YolosModel", {"image_size": [32, 32], "num_detection_tokens": 4}),
         ("siglip", "SiglipVision", "SiglipVisionModel", {}),
         ("clip", "CLIPVision", "CLIPVisionModel", {}),
-        (
-            "dpt", "DPT", "DPTForDepthEstimation",
-            {"backbone_out_indices": [0, 0, 1, 1], "neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 16},
-        ),
     ):  # fmt: skip
         yield module, kind, network, PIXELS, small, {**PATCHES, **more}
     windows = {

@@ -22,7 +22,7 @@ _ALIASES = (
     "moveaxis", "movedim", "multiply", "negative", "not_equal", "row_stack", "special_erf",
     "special_erfc", "special_exp2", "special_expit", "special_expm1", "special_log1p",
     "special_log_softmax", "special_logsumexp", "special_round", "special_softmax", "special_xlogy",
-    "subtract", "swapaxes", "swapdims", "true_divide", "type_as",
+    "subtract", "swapaxes", "swapdims", "true_divide",
 )  # fmt: skip
 _COMPOSED = (
     "addr", "argsort", "atleast_1d", "atleast_2d", "atleast_3d", "binary_cross_entropy_with_logits",

@@ -64,4 +64,4 @@ def test_no_composite_is_one_that_the_passes_spell_themselves():
     """Those keep their meaning in one call; taken apart they would be many."""
     names = {str(op).split(".")[1] for op in composites()}
     assert names.isdisjoint({"linear", "matmul", "conv2d", "layer_norm", "einsum", "lstm", "grid_sampler"})
-    assert {"concat", "multiply", "type_as"} <= names
+    assert {"concat", "multiply", "hstack"} <= names
