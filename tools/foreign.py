@@ -41,8 +41,8 @@ NO_PLACE = "no such place"
 
 HEADER = """# Networks of other packages
 
-{networks} networks of {packages}, as their authors wrote them and with random weights: with half of the units masked at
-random behind every convolution ("convolutions"), or between the two linear maps of perceptrons ("hidden"; where a
+{networks} networks of {packages}, as their authors wrote them and with
+random weights: with half of the units masked at random behind every convolution ("convolutions"), or between the two linear maps of perceptrons ("hidden"; where a
 projection is fused, in front of the second). Each is compiled, compared with the masked network in float64 (tolerance
 1e-12), written as ONNX and compared in onnxruntime (1e-5, or three times the network's own float32 error). Those of
 transformers and monai are of few layers and small widths (tools/foreign_transformers.py, tools/foreign_images.py),

@@ -150,7 +150,7 @@ def _monai() -> Iterator[tuple[str, Callable[[Any], nn.Module], Example]]:
     yield "DenseNet121", lambda nets: nets.DenseNet121(2, 1, 3), floats((1, 64, 64))
     yield (
         "EfficientNetBN",
-        lambda nets: nets.EfficientNetBN("efficientnet-b0", spatial_dims=2, in_channels=1),
+        lambda nets: nets.EfficientNetBN("efficientnet-b0", False, spatial_dims=2, in_channels=1),
         floats((1, 64, 64)),
     )
     yield "SEResNet50", lambda nets: nets.SEResNet50(spatial_dims=2, in_channels=1), floats((1, 64, 64))
@@ -179,7 +179,6 @@ def _monai() -> Iterator[tuple[str, Callable[[Any], nn.Module], Example]]:
         ),
         image,
     )
-    yield "Quicknat", lambda nets: nets.Quicknat(1, 2, 16, pool=2), image
     levels = {"attention_levels": (False, True), "norm_num_groups": 4, "channels": (8, 16)}
     yield (
         "DiffusionModelUNet",
