@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from passes.ir.analysis import PINNED, is_constant
 from passes.ir.cost import CostModel, CountingModel
 from passes.ir.keep import KeepSets
-from passes.ir.lattice import all_over_others, along, any_over_others
+from passes.ir.lattice import all_over_others, any_over_others
 from passes.ir.pipeline import Note, Result
 from passes.ir.program import Program
 from passes.ir.rewriter import Rewriter
@@ -86,7 +86,8 @@ def _pinned(keep: KeepSets, this: Contraction) -> Tensor:
 def _uneven(this: Contraction, program: Program) -> tuple[Tensor, Tensor] | None:
     """(the known channels of x that add to kept rows what differs by position, what they add); None without any.
 
-    int64 (channels,), and stored values of y, 0 in rows that are not kept.
+    int64 (channels,), and stored values of y, 0 in rows that are neither kept nor known: a known row stays what it is,
+    for the layers behind it will absorb it.
     """
     facts, rows = program.analysed().facts[this.x.name], program.analysed().keep.get(this.op.node, this.axis)
     if not facts.any_known:
@@ -103,9 +104,11 @@ def _uneven(this: Contraction, program: Program) -> tuple[Tensor, Tensor] | None
     channels = channels[torch.isin(channels // this.in_per_group, groups)]
     if not channels.numel():
         return None
-    part = torch.where(
-        along(torch.isin(index // this.out_per_group, groups), this.axis, part.ndim), part, torch.zeros(())
-    )
+    own = program.analysed().facts[this.op.node.name].known
+    index = (rows | any_over_others(own, this.axis, this.out_channels)).nonzero().flatten()
+    index = index[torch.isin(index // this.out_per_group, groups)]
+    part = this.contribution(facts.known_value, channels, index)
+    assert part is not None
     shape = list(part.shape)
     shape[this.axis] = this.out_channels
     return channels, torch.zeros(shape, dtype=part.dtype).index_copy(this.axis, index, part)

@@ -42,11 +42,12 @@ NO_PLACE = "no such place"
 HEADER = """# Networks of other packages
 
 {networks} networks of {packages}, as their authors wrote them and with
-random weights: with half of the units masked at random behind every convolution ("convolutions"), or between the two linear maps of perceptrons ("hidden"; where a
-projection is fused, in front of the second). Each is compiled, compared with the masked network in float64 (tolerance
-1e-12), written as ONNX and compared in onnxruntime (1e-5, or three times the network's own float32 error). Those of
-transformers and monai are of few layers and small widths (tools/foreign_transformers.py, tools/foreign_images.py),
-the others as wide as they are. Every noise layer is the constant that it multiplies by.
+random weights: with half of the units masked at random behind every convolution ("convolutions"), or between the two
+linear maps of perceptrons ("hidden"; where a projection is fused, in front of the second). Each is compiled, compared
+with the masked network in float64 (tolerance 1e-12), written as ONNX and compared in onnxruntime (1e-5, or three
+times the network's own float32 error). Those of transformers and monai are of few layers and small widths
+(tools/foreign_transformers.py, tools/foreign_images.py), the others as wide as they are. Every noise layer is the
+constant that it multiplies by.
 
 Command: `make foreign` (`python tools/foreign.py --json out/foreign.json --write`), torch {torch}, onnxruntime
 {onnxruntime}, {processor}. "Gap" is what is left over the bound of [the zoo](zoo.md); "all gathers": where every

@@ -70,7 +70,8 @@ networks and errors. SparseVD and SSL of LeNet-5 prune less than in the paper; t
 on LeNet-500-300 (below). What is missing: all baselines on Fashion-MNIST, the trade-off
 curve by KL weights (the dashed curve cuts one trained network further instead), VGG-like with SBPa and SparseVD.
 `make paper` goes on with them. What the page needs of each run is in paper-runs.json; the rows of runs that are gone
-(LeNet-5 on Fashion-MNIST, random labels, VGG-like, half as long) were copied from the page that they had made, rounded as it was.
+(LeNet-5 on Fashion-MNIST, random labels, VGG-like, half as long) were copied from the page that they had made,
+rounded as it was.
 VGG-like ran on 320 digits in CIFAR-10's format (`tools/paper_stand_in.py`), since CIFAR-10 could not be had:
 dense, 160 steps, 71.9% error; SBP with batch norm frozen and KL weight 10, 160 steps: no unit dead yet, 89.8%
 error. That shows that data, training, resuming, model file and compiler work with it, and nothing else: with 320

@@ -59,6 +59,19 @@ def test_groups_have_a_map_each():
     assert targets_of(small).count(aten.add.Tensor) == 1
 
 
+def test_a_row_that_nothing_keeps_stays_what_it_is_beside_one_with_a_map():
+    """Negative everywhere, it is 0 behind the rectifier and goes; without its constants it would not be."""
+    network = padded(groups=2)
+    layer = network[4]
+    with torch.no_grad():
+        network[1].values[:, 4:] = 0.0
+        network[2].bias.fill_(1.0)
+        network[2].weight.fill_(0.1)
+        layer.weight[2], layer.weight[3] = -1.0, 1.0
+        layer.bias[2:] = 0.5
+    check(network, IMAGE, cost=Maps())
+
+
 def test_maps_of_many_ranks_need_no_basis():
     network = nn.Sequential(
         nn.Conv2d(3, 16, 1, bias=False),
