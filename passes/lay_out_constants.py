@@ -96,19 +96,18 @@ def _uneven(this: Contraction, program: Program) -> tuple[Tensor, Tensor] | None
     channels = (
         (known & any_over_others(facts.known_value != 0, this.axis, this.in_channels)).nonzero().flatten()
     )
-    index = rows.nonzero().flatten()
+    own = program.analysed().facts[this.op.node.name].known
+    index = (rows | any_over_others(own, this.axis, this.out_channels)).nonzero().flatten()
     part = this.contribution(facts.known_value, channels, index) if channels.numel() else None
     if part is None:
         return None
-    groups = torch.unique(index[varying(part, this.axis)] // this.out_per_group)
+    group = index // this.out_per_group
+    groups = torch.unique(group[varying(part, this.axis) & rows[index]])
     channels = channels[torch.isin(channels // this.in_per_group, groups)]
     if not channels.numel():
         return None
-    own = program.analysed().facts[this.op.node.name].known
-    index = (rows | any_over_others(own, this.axis, this.out_channels)).nonzero().flatten()
-    index = index[torch.isin(index // this.out_per_group, groups)]
-    part = this.contribution(facts.known_value, channels, index)
-    assert part is not None
+    laid_out = torch.isin(group, groups).nonzero().flatten()
+    index, part = index[laid_out], part.index_select(this.axis, laid_out)
     shape = list(part.shape)
     shape[this.axis] = this.out_channels
     return channels, torch.zeros(shape, dtype=part.dtype).index_copy(this.axis, index, part)
