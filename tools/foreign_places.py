@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
+import importlib
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from absent_package import import_without
 from torch import Tensor, nn
 
 from sbp_compile.nn import CONVOLUTIONS, hidden_linears, insert_noise
@@ -28,21 +28,11 @@ READERS = ("*.down_proj", "*.c_proj", "*.Wo", "*.dense_4h_to_h", "*.fc2")
 def from_packages(name: str, *, absent: str = "") -> types.ModuleType:
     """Import a module of the packages beside, which need not be installed.
 
-    `absent`: a package that it imports and does not need for its networks (torchvision, which has no build without a
-    GPU that could be had): if it is not there, an empty one takes its place meanwhile.
+    `absent`: a package that it imports and does not need for its networks, and that need not be there either.
     """
     if str(PACKAGES) not in sys.path:
         sys.path.append(str(PACKAGES))
-    if not absent or importlib.util.find_spec(absent) is not None:
-        return importlib.import_module(name)
-    finder = _Absent(absent)
-    sys.meta_path.append(finder)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.meta_path.remove(finder)
-        for found in [key for key in sys.modules if key.partition(".")[0] == absent]:
-            del sys.modules[found]
+    return import_without(name, absent) if absent else importlib.import_module(name)
 
 
 def foreign(
@@ -103,39 +93,3 @@ def _put_noise(network: nn.Module, placement: str, example: tuple[Tensor, ...]) 
     for reader in READERS:
         if any(name.endswith(reader.removeprefix("*")) for name in names):
             insert_noise(network, reader, before=True, dim=-1, example_inputs=example)
-
-
-class _Absent:
-    """Finds a package that is not there, as modules whose every name is a class that does nothing."""
-
-    def __init__(self, package: str):
-        self.package = package
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
-        if name.partition(".")[0] == self.package:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
-        return None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _Empty(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
-class _Names(type):
-    def __getattr__(cls, name: str) -> str:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return f"{cls.__name__}.{name}"
-
-
-class _Empty(types.ModuleType):
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.__path__ = []
-
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Names(name, (), {"__init__": lambda *_, **__: None})

@@ -14,7 +14,6 @@ exporter wrote could not be compiled.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import tempfile
@@ -22,7 +21,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from torch.utils import _pytree  # for its leaves; this is a tool
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
 
+from kept_rows import first_line, keep, kept_rows
 from noise_constants import with_constants
 
 from sbp_compile.atomic import write_atomically
@@ -87,15 +87,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep rows here as they come")
     parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
     options = parser.parse_args(arguments)
-    rows = _kept(options.json)
+    rows = kept_rows(options.json, Row)
     for name in options.network or sorted(ZOO):
         for exporter, opset in files(options.exporter, options.opset):
             if (name, exporter, opset) not in {(row.network, row.exporter, row.opset) for row in rows}:
                 with quiet():
                     rows.append(measure(name, exporter, opset))
                 print(*_cells(rows[-1]), sep=" | ", flush=True)
-                if options.json is not None:
-                    write_atomically(options.json, json.dumps([asdict(row) for row in rows], indent=1))
+                keep(options.json, rows)
     if options.write:
         write_atomically(RESULT, page(rows))
     return 0 if all(row.exact for row in rows if not row.export) else 1
@@ -118,7 +117,7 @@ def measure(name: str, exporter: str, opset: int) -> Row:
         try:
             export(network, inputs, path, exporter, opset, dynamic=architecture.dynamic_batch)
         except Exception as error:  # whatever torch raises: a row of the table, not the end
-            return Row(**row, export=_line(error))
+            return Row(**row, export=first_line(error))
         start = time.perf_counter()
         try:
             with torch.no_grad():
@@ -126,9 +125,9 @@ def measure(name: str, exporter: str, opset: int) -> Row:
             compiled = compile_file(load_model(path, example_inputs=inputs))
             compiled.save(path.with_name("small.onnx"))
         except CompileError as error:
-            return Row(**row, refusal=_line(error), seconds=time.perf_counter() - start)
+            return Row(**row, refusal=first_line(error), seconds=time.perf_counter() - start)
         except Exception as error:  # a bug of ours: it must show in the table
-            told = f"BUG: {type(error).__name__}: {_line(error)}"
+            told = f"BUG: {type(error).__name__}: {first_line(error)}"
             return Row(**row, refusal=told, seconds=time.perf_counter() - start)
         seconds = time.perf_counter() - start
         with torch.no_grad():
@@ -181,17 +180,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _kept(path: Path | None) -> list[Row]:
-    if path is None or not path.exists():
-        return []
-    return [Row(**entry) for entry in json.loads(path.read_text())]
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0]
 
 
 def _cells(row: Row) -> list[str]:

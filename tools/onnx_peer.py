@@ -13,24 +13,25 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import importlib.metadata
-import importlib.util
-import json
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import torch
-from onnx_in import export, quiet
 from torch import Tensor, nn
 from torch.utils import _pytree  # for its leaves; this is a tool
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
+
+from absent_package import import_without
+from kept_rows import keep, kept_rows
+from onnx_in import export, quiet
 
 from sbp_compile.atomic import write_atomically
 from sbp_compile.capture.from_onnx import load_onnx, onnx_network
@@ -72,15 +73,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep rows here as they come")
     parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
     options = parser.parse_args(arguments)
-    rows = _kept(options.json)
+    rows = kept_rows(options.json, Row)
     for name in options.network or sorted(ZOO):
         if (name, options.exporter) in {(row.network, row.exporter) for row in rows}:
             continue
         with quiet():
             rows.append(measure(name, options.exporter))
         print(*_cells(rows[-1]), sep=" | ", flush=True)
-        if options.json is not None:
-            write_atomically(options.json, json.dumps([asdict(row) for row in rows], indent=1))
+        keep(options.json, rows)
     if options.write:
         write_atomically(RESULT, page(rows))
     return 0
@@ -116,25 +116,16 @@ def ours(path: Path) -> nn.Module:
     return onnx_network(load_onnx(path))
 
 
+@functools.cache
+def onnx2torch() -> Any:
+    """Import it, without torchvision where that is not installed."""
+    return import_without("onnx2torch", "torchvision")
+
+
 def theirs(path: Path) -> nn.Module:
     """Read by onnx2torch."""
-    network: nn.Module = _onnx2torch().convert(str(path))
+    network: nn.Module = onnx2torch().convert(str(path))
     return network.eval()
-
-
-@functools.cache
-def _onnx2torch() -> Any:
-    """Import it, with an empty torchvision for so long: torch itself looks whether there is one."""
-    if importlib.util.find_spec("torchvision") is not None:
-        return importlib.import_module("onnx2torch")
-    torchvision: Any = types.ModuleType("torchvision")
-    torchvision.ops = types.ModuleType("torchvision.ops")
-    torchvision.ops.roi_align = None
-    sys.modules.update({"torchvision": torchvision, "torchvision.ops": torchvision.ops})
-    try:
-        return importlib.import_module("onnx2torch")
-    finally:
-        del sys.modules["torchvision"], sys.modules["torchvision.ops"]
 
 
 def tried(
@@ -159,12 +150,6 @@ def difference(a: Tensor, b: Tensor) -> float:
         return float("inf")
     a, b = a.double(), b.double()
     return float((a - b).abs().max()) / max(float(a.abs().max()), 1e-300)
-
-
-def _kept(path: Path | None) -> list[Row]:
-    if path is None or not path.exists():
-        return []
-    return [Row(**entry) for entry in json.loads(path.read_text())]
 
 
 def _line(error: BaseException) -> str:

@@ -5,17 +5,16 @@ python tools/perceptron_cost.py [--write]; sbp_compile/emit/onnx_perceptrons.py 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
 
-from sbp_compile.atomic import write_atomically
+from cost_table import add_row, asked, finish, graph_model, ratio_cells
+
 from sbp_compile.emit.onnx_perceptrons import flatten_perceptrons
 from sbp_compile.timing import compare, environment
 
@@ -66,29 +65,20 @@ def blocks(positions: int, channels: int, hidden: int, act: str, flat: bool) -> 
     graph = gs.Graph(nodes, [x], [value], opset=20)
     if flat:
         flatten_perceptrons(graph)
-    model = gs.export_onnx(graph.cleanup().toposort(), ir_version=10)
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
+    return graph_model(graph)
 
 
 def main() -> None:
     """Measure and print, or write, the table."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--write", action="store_true")
-    made.add_argument("--budget", type=float, default=2.0, help="seconds for each row")
-    options = made.parse_args()
-    rows = []
+    options = asked(__doc__, 2.0)
+    rows: list[str] = []
     for case in CASES:
         for act in ("Gelu", "Relu"):
             models = {str(flat): blocks(*case, act, flat) for flat in (False, True)}
             for batch in (1, 16):
                 found = compare(models, batch=batch, budget_s=options.budget).ratios[0]
-                interval = f"{found.ci_low:.2f} to {found.ci_high:.2f}"
-                cells = (*case, act.lower(), batch, f"{found.ratio:.2f}", interval)
-                rows.append(f"| {' | '.join(map(str, cells))} |")
-                print(rows[-1], flush=True)
-    if options.write:
-        write_atomically(RESULT, HEADER.format(**environment()) + "\n".join(rows) + "\n")
+                add_row(rows, (*case, act.lower(), batch, *ratio_cells(found)))
+    finish(options, RESULT, HEADER.format(**environment()), rows)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,17 @@ python tools/pool_cost.py [--write]; passes/network.py and passes/targets.py go 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
 
-from sbp_compile.atomic import write_atomically
+from cost_table import add_row, asked, checked, finish, ratio_cells
+
 from sbp_compile.timing import compare, environment
 
 RESULT = Path(__file__).resolve().parents[1] / "docs" / "results" / "pools.md"
@@ -66,18 +65,13 @@ def network(kind: str, channels: int, size: int, opset: int) -> bytes:
         for name in "xy"
     ]
     graph = helper.make_graph(nodes, "pools", values[:1], values[1:], constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
+    return checked(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10))
 
 
 def main() -> None:
     """Measure and print, or write, the table."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--write", action="store_true")
-    made.add_argument("--budget", type=float, default=3.0, help="seconds for each row")
-    options = made.parse_args()
-    rows = []
+    options = asked(__doc__, 3.0)
+    rows: list[str] = []
     for kind in KINDS:
         for size in SIZES:
             few, whole = network(kind, FEW, size, 18), network(kind, WHOLE, size, 18)
@@ -86,12 +80,9 @@ def main() -> None:
                 cells: list[object] = [kind, size, batch]
                 for models in pairs:
                     found = compare(models, batch=batch, budget_s=options.budget / 2).ratios[0]
-                    cells += [f"{found.ratio:.2f}", f"{found.ci_low:.2f} to {found.ci_high:.2f}"]
-                rows.append(f"| {' | '.join(map(str, cells))} |")
-                print(rows[-1], flush=True)
-    if options.write:
-        head = HEADER.format(**environment(), blocks=BLOCKS, few=FEW, whole=WHOLE)
-        write_atomically(RESULT, head + "\n".join(rows) + "\n")
+                    cells += ratio_cells(found)
+                add_row(rows, cells)
+    finish(options, RESULT, HEADER.format(**environment(), blocks=BLOCKS, few=FEW, whole=WHOLE), rows)
 
 
 if __name__ == "__main__":

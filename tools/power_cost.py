@@ -5,17 +5,16 @@ python tools/power_cost.py [--write]; sbp_compile/emit/onnx_powers.py writes the
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
 
-from sbp_compile.atomic import write_atomically
+from cost_table import add_row, asked, finish, graph_model, ratio_cells
+
 from sbp_compile.emit.onnx_powers import STEPS, spell_powers
 from sbp_compile.timing import compare, environment
 
@@ -45,28 +44,20 @@ def power(exponent: float, size: int, spelled: bool) -> bytes:
     graph = gs.Graph(nodes, [x], [y], opset=20)
     if spelled:
         spell_powers(graph)
-    model = gs.export_onnx(graph.cleanup().toposort(), ir_version=10)
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
+    return graph_model(graph)
 
 
 def main() -> None:
     """Measure and print, or write, the table."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--write", action="store_true")
-    made.add_argument("--budget", type=float, default=2.0, help="seconds for each row")
-    options = made.parse_args()
+    options = asked(__doc__, 2.0)
     exponents = [exponent for exponent in STEPS if exponent != 1]
-    rows = []
+    rows: list[str] = []
     for exponent in (*exponents, -0.5, -1.0, 2.0, 3.0):
         for size in SIZES:
             models = {str(spelled): power(exponent, size, spelled) for spelled in (False, True)}
             found = compare(models, budget_s=options.budget).ratios[0]
-            interval = f"{found.ci_low:.2f} to {found.ci_high:.2f}"
-            rows.append(f"| {exponent:g} | {size} | {found.ratio:.2f} | {interval} |")
-            print(rows[-1], flush=True)
-    if options.write:
-        write_atomically(RESULT, HEADER.format(**environment()) + "\n".join(rows) + "\n")
+            add_row(rows, (f"{exponent:g}", size, *ratio_cells(found)))
+    finish(options, RESULT, HEADER.format(**environment()), rows)
 
 
 if __name__ == "__main__":

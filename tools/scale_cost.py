@@ -5,18 +5,17 @@ python tools/scale_cost.py [--write]; sbp_compile/emit/onnx_norms.py writes the 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
 
-from sbp_compile.atomic import write_atomically
+from cost_table import add_row, asked, checked, finish, ratio_cells
+
 from sbp_compile.timing import compare, environment
 
 RESULT = Path(__file__).resolve().parents[1] / "docs" / "results" / "channel-scales.md"
@@ -73,34 +72,20 @@ def network(channels: int, size: int, one_node: bool) -> bytes:
         for name in "xy"
     ]
     graph = helper.make_graph(nodes, "scales", values[:1], values[1:], constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
+    return checked(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
 
 
 def main() -> None:
     """Measure and print, or write, the table."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--write", action="store_true")
-    made.add_argument("--budget", type=float, default=3.0, help="seconds for each row")
-    options = made.parse_args()
-    rows = []
+    options = asked(__doc__, 3.0)
+    rows: list[str] = []
     for channels in CHANNELS:
         for size in SIZES:
             models = {str(one): network(channels, size, one) for one in (False, True)}
             for batch in BATCHES:
                 found = compare(models, batch=batch, budget_s=options.budget).ratios[0]
-                cells = (
-                    channels,
-                    size,
-                    batch,
-                    f"{found.ratio:.2f}",
-                    f"{found.ci_low:.2f} to {found.ci_high:.2f}",
-                )
-                rows.append(f"| {' | '.join(map(str, cells))} |")
-                print(rows[-1], flush=True)
-    if options.write:
-        write_atomically(RESULT, HEADER.format(**environment(), blocks=BLOCKS) + "\n".join(rows) + "\n")
+                add_row(rows, (channels, size, batch, *ratio_cells(found)))
+    finish(options, RESULT, HEADER.format(**environment(), blocks=BLOCKS), rows)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from torch.utils import _pytree  # for its leaves; this is a tool
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone works without being installed
 
+from kept_rows import first_line, keep, kept_rows
 from noise_constants import with_constants
 
 from sbp_compile.atomic import write_atomically
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
     parser.add_argument("--capture", action="store_true", help="neither compile nor convert")
     options = parser.parse_args(arguments)
-    rows = _kept(options.json)
+    rows = kept_rows(options.json, _row)
     for name in options.network or sorted(ZOO):
         for form in options.form or FORMS:
             if (name, form) in {(row.network, row.form) for row in rows}:
@@ -122,8 +122,7 @@ def main(arguments: Sequence[str]) -> int:
             with quiet():
                 rows.append(measure(name, form, capture_only=options.capture))
             print(*_cells(rows[-1]), sep=" | ", flush=True)
-            if options.json is not None:
-                write_atomically(options.json, json.dumps([asdict(row) for row in rows], indent=1))
+            keep(options.json, rows)
     if options.write:
         write_atomically(RESULT, page(rows))
     return 0 if all(row.exact for row in rows if not row.absent) else 1
@@ -145,7 +144,7 @@ def measure(name: str, form: str, *, capture_only: bool = False) -> Row:
     try:
         content = archive(network, batches[0], form)
     except Exception as error:  # whatever torch raises: a row of the table, not the end
-        return Row(name, form, absent=_line(error))
+        return Row(name, form, absent=first_line(error))
     original = network
     if form == "frozen":  # a function of its own where torch folds a norm into what others read, too
         original = torch.jit.load(io.BytesIO(content))  # type: ignore[no-untyped-call]
@@ -165,9 +164,9 @@ def compiled(row: Row, content: bytes, network: nn.Module, inputs: Inputs) -> Ro
             path.write_bytes(content)
             found = compile_file(load_model(path, example_inputs=inputs))
     except CompileError as error:
-        return replace(row, refusal=_line(error))
+        return replace(row, refusal=first_line(error))
     except Exception as error:  # a bug of ours: it must show in the table
-        return replace(row, refusal=f"BUG: {type(error).__name__}: {_line(error)}")
+        return replace(row, refusal=f"BUG: {type(error).__name__}: {first_line(error)}")
     proof = found.report.verification
     assert proof is not None
     module = compile_module(network, inputs, verify=False)
@@ -251,7 +250,7 @@ def outcome(
             program = capture(content, batches[0]).module()
     except Exception as error:  # whatever torch raises: a row of the table, not the end
         refused = isinstance(error, CompileError)
-        return Outcome(reason=_line(error), is_refused=refused, seconds=time.perf_counter() - start)
+        return Outcome(reason=first_line(error), is_refused=refused, seconds=time.perf_counter() - start)
     first, other = (difference(network, program, inputs) for inputs in batches)
     return Outcome((first, other), seconds=time.perf_counter() - start)
 
@@ -281,22 +280,11 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _kept(path: Path | None) -> list[Row]:
-    if path is None or not path.exists():
-        return []
-    return [_row(entry) for entry in json.loads(path.read_text())]
-
-
-def _row(entry: dict[str, Any]) -> Row:
+def _row(**entry: Any) -> Row:
     for way in ("reader", "converter"):
         if entry[way] is not None:
             entry[way] = Outcome(**{**entry[way], "errors": tuple(entry[way]["errors"])})
     return Row(**entry)
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0]
 
 
 def _cells(row: Row) -> list[str]:
