@@ -105,6 +105,7 @@ _DIGITS = Phase(40, batch=32)
 _IMAGES = Phase(8, batch=64)
 _IMAGES_FC = Phase(20, batch=64)
 _CIFAR = Phase(300, learning_rate=1e-5, hold=250 / 300)
+_CIFAR_SHORT = Phase(8, batch=16, learning_rate=3e-4)
 # The authors' weights for the VGG-like network: 10 on the first two convolutions, 5 on the next two.
 _VGG_SBPA = (10.0, 10.0, 5.0, 5.0, *[1.0] * 11)
 
@@ -151,6 +152,17 @@ RECIPES = {
             Noise(_IMAGES_FC, "macs"),
             SparseVD(_IMAGES_FC),
             GroupLasso(_IMAGES_FC, 0.06),
+        ),
+    ),
+    ("vgg-like", "small"): Recipe(
+        "vgg-like",
+        Phase(6, batch=32),
+        _methods(
+            _CIFAR_SHORT,
+            Noise(_CIFAR_SHORT, noise_factor=100.0, freeze_norms=True),
+            Noise(_CIFAR_SHORT, _VGG_SBPA, noise_factor=100.0, freeze_norms=True),
+            SparseVD(_CIFAR_SHORT, factor=100.0),
+            GroupLasso(_CIFAR_SHORT, 3.0),
         ),
     ),
     ("vgg-like", "large"): Recipe(

@@ -234,7 +234,7 @@ def test_prediction_in_parts_equals_prediction_at_once():
 
 def test_the_recipe_depends_on_the_data_size():
     assert recipe_for("lenet5", 4000) != recipe_for("lenet5", 60000)
-    assert recipe_for("vgg-like", 10) == recipe_for("vgg-like", 50000)
+    assert recipe_for("resnet20", 10) == recipe_for("resnet20", 50000)
     with pytest.raises(UsageError, match="'lenet7' is unknown: give one of lenet5"):
         recipe_for("lenet7", 1)
 
