@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print("\n".join(summary(found.rows)), markup=False, highlight=False)
     if options.write:
         write_atomically(RESULT, page(found))
+        found.write(RESULT.with_suffix(".json"))
         draw(found.rows, FIGURE)
     return 0
 
@@ -138,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--json", type=Path, metavar="FILE", help="keep all rows there, with those of earlier runs"
     )
-    made.add_argument("--write", action="store_true", help=f"write {RESULT.name} from all rows")
+    made.add_argument("--write", action="store_true", help=f"write {RESULT.name}, its figure and all rows as JSON")
     return made
 
 
