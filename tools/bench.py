@@ -139,7 +139,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--json", type=Path, metavar="FILE", help="keep all rows there, with those of earlier runs"
     )
-    made.add_argument("--write", action="store_true", help=f"write {RESULT.name}, its figure and all rows as JSON")
+    made.add_argument(
+        "--write", action="store_true", help=f"write {RESULT.name}, its figure and all rows as JSON"
+    )
     return made
 
 

@@ -37,11 +37,11 @@ TIMM = """
     mixer_s32_224:224 resmlp_12_224:224 gmixer_12_224:224 gmlp_ti16_224:224 mvitv2_tiny:224 nextvit_small rdnet_tiny
     sequencer2d_s:224 shvit_s1 swiftformer_xs:224 tiny_vit_5m_224:224 vitamin_small_224:224
 """
-# The same; networks that are told the size of the image are marked by "+".
+# The same; networks that are told the size of the image are marked by "+". The last pool of most takes 7x7 positions.
 PYTORCHCV = """
     airnet50_1x64d_r16+ airnext50_32x4d_r2+ bagnet9+ bam_resnet18+ bninception+ cbam_resnet18+
     centernet_resnet18_voc+:128 cgnet_cityscapes+:128 channelnet+ condensenet74_c4_g4+ ctxnet_cityscapes+:128
-    dabnet_cityscapes+:128 danet_resnetd50b_cityscapes+ darknet_tiny+ darts+ deeplabv3_resnetd50b_voc+
+    dabnet_cityscapes+:128 danet_resnetd50b_cityscapes+:96 darknet_tiny+ darts+ deeplabv3_resnetd50b_voc+:96
     densenet40_k12_cifar10:32 diapreresnet10+ diaresnet10+ dicenet_wd5+:224 diracnet18v2+ dla46xc+ dpn68+ drnc26+
     edanet_cityscapes+:128 efficientnet_edge_small_b+ enet_cityscapes+:128 erfnet_cityscapes+:128
     esnet_cityscapes+:128 espcnet_cityscapes+:128 espnetv2_wd2+ fastscnn_cityscapes+:128 fbnet_cb+ fdmobilenet_wd4+
@@ -49,14 +49,14 @@ PYTORCHCV = """
     icnet_resnetd50b_cityscapes+:128 igcv3_wd4+ inceptionresnetv1+:160 inceptionv4+:160 irevnet301+
     isqrtcovresnet18+ lednet_cityscapes+:128 lffd20x5s320v2_widerface:128 linknet_cityscapes+:128 menet108_8x1_g3+
     mixnet_s+ msdnet22_cifar10:32 nasnet_4a1056+ octresnet10_ad2+ peleenet+ pfpcnet:224 preresnet10+ prnet:64
-    proxylessnas_mobile+ pspnet_resnetd50b_voc+ pyramidnet110_a48_cifar10:32 resattnet56+:224
+    proxylessnas_mobile+ pspnet_resnetd50b_voc+:96 pyramidnet110_a48_cifar10:32 resattnet56+:224
     resdropresnet20_cifar10:32 resnesta18+ resneta10+ resnetd50b+ resnext14_16x4d+ revnet38+ rir_cifar10:32
     ror3_56_cifar10:32 scnet50+ segnet_cityscapes+:64 selecsls42+ senet16+ sepreresnet10+ shakedropresnet20_cifar10:32
     shakeshakeresnet20_2x16d_cifar10:32 sharesnet18+ shufflenet_g3_wd4+ shufflenetv2b_wd2+ sinet_cityscapes+:128
     sknet50+ sparsenet121+ spnasnet+ sqnet_cityscapes+:128 sqnxt23_w1+ squeezeresnet_v1_1+ tresnet_m+
     unet_cityscapes+:64 vovnet27s+ wrn20_10_1bit_cifar10:32 xdensenet121_2+ zfnet+:224 alexnet+:224
     bisenet_resnet18_celebamaskhq:128 ibppose_coco:128 simplepose_mobile_mobilenetv2b_w1_coco:128
-    lwopenpose2d_mobilenet_cmupan_coco
+    lwopenpose2d_mobilenet_cmupan_coco:96
 """
 
 
@@ -83,7 +83,7 @@ def pytorchcv_networks() -> dict[str, Architecture]:
         return made
 
     found = {}
-    for marked, side in _listed(PYTORCHCV):
+    for marked, side in _listed(PYTORCHCV, usual_side=224):
         name = marked.removesuffix("+")
         options = {"in_size": (side, side)} if marked != name else {}
         made = foreign(name, "pytorchcv", partial(make, name, options), floats((3, side, side)))
@@ -91,10 +91,10 @@ def pytorchcv_networks() -> dict[str, Architecture]:
     return found
 
 
-def _listed(text: str) -> Iterator[tuple[str, int]]:
+def _listed(text: str, usual_side: int = SIDE) -> Iterator[tuple[str, int]]:
     for entry in text.split():
         name, _, side = entry.partition(":")
-        yield name, int(side or SIDE)
+        yield name, int(side or usual_side)
 
 
 def monai_networks() -> dict[str, Architecture]:
