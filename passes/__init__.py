@@ -23,6 +23,7 @@ from passes.rules import Rule, registered_rules, rule
 from passes.separate_axes import SeparateAxes
 from passes.separate_edges import SeparateEdges
 from passes.separate_positions import SeparatePositions
+from passes.settle_norms import SettleNorms
 from passes.shrink_channels import ShrinkChannels
 from passes.targets import TARGETS, Target, this_cpu
 
@@ -87,6 +88,8 @@ def _passes(cost: CostModel) -> tuple[Pass, ...]:
         AnalyzeChannels(),  # again, if something was separated
         SeparateEdges(cost),  # last: what no coupling could remove is worth a gather only now
         rounds,  # cuts what the gathers set free
+        AnalyzeChannels(),  # what it needs is mostly there
+        SettleNorms(),  # last: where channels are cut, weights and biases of norms are
         RemoveDead(),
     )
 
@@ -123,6 +126,7 @@ __all__ = [
     "SeparateAxes",
     "SeparateEdges",
     "SeparatePositions",
+    "SettleNorms",
     "ShrinkChannels",
     "Step",
     "Target",

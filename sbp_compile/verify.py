@@ -464,7 +464,10 @@ def _first_onnx_difference(path: Path, small: Program, inputs: Sequence[Tensor])
     parted: list[str] = []
 
     def compare(node: fx.Node, value: Any) -> None:
-        if not parted and node.name in values and relative_error(value, values[node.name]) > ONNX_PARTING:
+        found = values.get(node.name)  # of another shape where the file spells it otherwise
+        if parted or found is None or found.shape != value.shape:
+            return
+        if relative_error(value, found) > ONNX_PARTING:
             parted.append(described(node))
 
     run(small, inputs, compare)

@@ -38,6 +38,7 @@ LAYERS = (
     "passes.adapters",
     "passes.separate_positions",
     "passes.separate_edges",
+    "passes.settle_norms",
     "passes.remove_dead",
     "passes.targets",
     "passes.network",
