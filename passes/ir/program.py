@@ -293,6 +293,8 @@ def run_on_meta(program: Program, sizes: Iterable[tuple[int, ...]]) -> dict[fx.N
 def _call_on_meta(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     if any(env[operand] is _FAILED for operand in node.all_input_nodes):
         return _FAILED
+    if node.target is operator.getitem:  # cheaper than its key, which all pieces would be part of
+        return _uncached_call_on_meta(node, env)
     try:
         key = node.target, _signature(node.args, env), _signature(node.kwargs, env)
         if key not in _META_RESULTS:
