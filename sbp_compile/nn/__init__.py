@@ -17,6 +17,7 @@ from sbp_compile.nn.noise import (
 )
 from sbp_compile.nn.objective import clip_noise, elbo_loss, parameter_groups, variational_parameters
 from sbp_compile.nn.pruner import TrainingPruner
+from sbp_compile.nn.recalibration import recalibrate_norms
 from sbp_compile.nn.removal import Removal, match_widths, remove_off_units
 from sbp_compile.nn.schedules import Anneal, Cycle
 from sbp_compile.nn.sparsity import LayerSparsity, Sparsity, sparsity
@@ -55,6 +56,7 @@ __all__ = [
     "prune",
     "prune_to_latency",
     "prune_to_macs",
+    "recalibrate_norms",
     "remove_noise",
     "remove_off_units",
     "set_threshold",

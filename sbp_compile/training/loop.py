@@ -33,6 +33,7 @@ from sbp_compile.training.recipes import Phase, Recipe
 from sbp_compile.training.task import Task
 
 _BETAS = (0.95, 0.999)  # the authors' beta1
+_SETTLING = 2000  # training images that a method may look at before it is judged
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ class _Training:
         return method
 
     def _result(self, dense: nn.Module, method: Method) -> Result:
+        method.settle(self.task.images[:_SETTLING])
         self.state.module, self.state.finished = method.module.state_dict(), True
         self._save()
         task, network = self.task, method.network()
@@ -311,6 +313,7 @@ class _Steps:
 
     def _record(self, method: Method, epoch: int) -> None:
         state = self.state
+        method.settle(self.task.images[:_SETTLING])
         error = evaluate(method.network(), self.task.test_images, self.task.test_labels)
         kept, ratio = method.left()
         record = Epoch(self.name, epoch, state.losses, method.divergence(), kept, ratio, error, state.seconds)

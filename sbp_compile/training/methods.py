@@ -22,6 +22,7 @@ from sbp_compile.nn import (
     mac_kl_weights,
     named_noise_layers,
     parameter_groups,
+    recalibrate_norms,
 )
 from sbp_compile.training import recipes
 from sbp_compile.training.group_lasso import ZeroGroups, clear_groups, shrink_groups, zero_groups
@@ -34,6 +35,7 @@ from sbp_compile.training.structure import StructureCounter
 Left = tuple[tuple[int, ...], float]
 """Units kept of each layer, and multiply-adds of the dense network over those that are left."""
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_RECALIBRATION_BATCH = 100
 
 
 class Method(Protocol):
@@ -58,6 +60,9 @@ class Method(Protocol):
 
     def after_step(self, rate: float) -> None:
         """Follow a step of the optimiser at that rate."""
+
+    def settle(self, images: Tensor) -> None:
+        """Make the module ready to be judged or written, by what it makes of some training images."""
 
     def network(self) -> nn.Module:
         """Return the network that is left, in eval mode: the module itself, or a copy."""
@@ -86,6 +91,9 @@ class Dense:
         return 0.0
 
     def after_step(self, rate: float) -> None:
+        pass
+
+    def settle(self, images: Tensor) -> None:
         pass
 
     def network(self) -> nn.Module:
@@ -134,6 +142,10 @@ class Noisy(Dense):
 
     def divergence(self) -> float:
         return float(kl_divergence(self.module).detach())
+
+    def settle(self, images: Tensor) -> None:
+        if self.settings.recalibrate:
+            recalibrate_norms(self.module, torch.split(images, _RECALIBRATION_BATCH))
 
     def left(self) -> Left:
         if self._costs is None:

@@ -30,7 +30,8 @@ class Noise:
 
     `kl_weights` multiply each noise layer's KL in order; empty: 1 for all; "macs": by measured multiply-adds. The
     KL comes in over the first `warm_up` of all steps. `pressure` multiplies all weights. `freeze_norms`: batch norms
-    stay as pretraining left them.
+    stay as pretraining left them; `recalibrate`: they learn, and their statistics are taken anew under the expected
+    noise before the network is judged or written.
     """
 
     phase: Phase
@@ -40,6 +41,7 @@ class Noise:
     warm_up: float = 0.0
     pressure: float = 1.0
     freeze_norms: bool = False
+    recalibrate: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ _DIGITS = Phase(40, batch=32)
 _IMAGES = Phase(8, batch=64)
 _IMAGES_FC = Phase(20, batch=64)
 _CIFAR = Phase(300, learning_rate=1e-5, hold=250 / 300)
-_CIFAR_SHORT = Phase(8, batch=16, learning_rate=3e-4)
+_CIFAR_SHORT = Phase(12, batch=32, learning_rate=5e-4)
 # The authors' weights for the VGG-like network: 10 on the first two convolutions, 5 on the next two.
 _VGG_SBPA = (10.0, 10.0, 5.0, 5.0, *[1.0] * 11)
 
@@ -159,9 +161,9 @@ RECIPES = {
         Phase(6, batch=32),
         _methods(
             _CIFAR_SHORT,
-            Noise(_CIFAR_SHORT, noise_factor=100.0, freeze_norms=True),
-            Noise(_CIFAR_SHORT, _VGG_SBPA, noise_factor=100.0, freeze_norms=True),
-            SparseVD(_CIFAR_SHORT, factor=100.0),
+            Noise(_CIFAR_SHORT, noise_factor=60.0, pressure=0.3, recalibrate=True),
+            Noise(_CIFAR_SHORT, _VGG_SBPA, noise_factor=60.0, pressure=0.3, recalibrate=True),
+            SparseVD(_CIFAR_SHORT, 0.3),
             GroupLasso(_CIFAR_SHORT, 3.0),
         ),
     ),
