@@ -1,9 +1,12 @@
-"""Operators that only move entries along static axes, spelled as index_select, cat, reshape and flip.
+"""Operators that only move entries along static axes, spelled as index_select, cat, reshape, flip and where.
 
 - channel_shuffle, repeat_interleave, gather and take_along_dim with one index for all: index_select;
 - x[:, i, j] with constant indices of any rank, boolean masks among them: a reshape that joins the indexed axes, one
   index_select, a reshape to the shape of the indices;
-- slice_scatter, select_scatter, index_put with one constant index: a concatenation of what stays and what is put in;
+- slice_scatter, select_scatter, scatter, index_copy, index_put with one constant index: a concatenation of what stays
+  and what is put in;
+- index_fill, scatter of a number, index_put of constants that are the same along dynamic axes: a choice by a constant
+  mask; x[condition] = number with a condition on the input: by that;
 - copy into a value of the same shape: what is copied; tile: repeat; rot90: flip and transpose.
 
 What meets a dynamic axis in a way that these cannot say stays as it is.
@@ -11,7 +14,7 @@ What meets a dynamic axis in a way that these cannot say stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -99,21 +102,41 @@ def _repeat_interleave(op: Op, rewriter: Rewriter) -> fx.Node | None:
 
 def _gather(op: Op, rewriter: Rewriter) -> fx.Node | None:
     """A constant index that varies along the gathered axis alone, expanded or not."""
+    x, index = op.args["self"], _index_along(op)
+    if index is None or not op.info_of(x).is_static(_axis(op)):
+        return None
+    return select_positions(op, rewriter, rewriter.value(x), _axis(op), index)
+
+
+def _scatter(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    """The same index, of places to put a number or values at."""
+    index = _index_along(op)
+    if index is None:
+        return None
+    if "value" in op.args:
+        number = op.args["value"]
+        return None if isinstance(number, fx.Node) else _put_number(op, rewriter, {_axis(op): index}, number)
+    return _put_values(op, rewriter, {_axis(op): index}, op.args["src"])
+
+
+def _index_along(op: Op) -> Tensor | None:
+    """The constant index of a gather or scatter that is the same for all lines along the axis, and covers them all."""
     x, index, axis = op.args["self"], op.args["index"], _axis(op)
+    covered = op.program.infos.get(index)
     while isinstance(index, fx.Node) and index.target in {aten.expand.default, *_COPIES}:
         index = index.args[0]
-    held, info = op.program.constant(index), op.info_of(x)
-    if op.info is None or held is None or held.ndim != info.rank or not info.is_static(axis):
+    held, info = op.program.constant(index), op.program.infos.get(x)
+    if covered is None or held is None or info is None or held.ndim != info.rank:
         return None
     beside = [each for each in range(info.rank) if each != axis]
-    if any(op.info.key(each) != info.key(each) for each in beside):
+    if any(covered.key(each) != info.key(each) for each in beside):
         return None
     for each in beside:
         first = held.narrow(each, 0, 1)
         if not bool((held == first).all()):
             return None
         held = first
-    return select_positions(op, rewriter, rewriter.value(x), axis, held.flatten().long())
+    return held.flatten().long()
 
 
 _COPIES = (aten.clone.default, aten._to_copy.default, aten.alias.default)
@@ -216,19 +239,115 @@ def _select_scatter(op: Op, rewriter: Rewriter) -> fx.Node | None:
 
 
 def _index_put(op: Op, rewriter: Rewriter) -> fx.Node | None:
-    """One constant index vector without repetitions, and values of the full shape."""
-    found = _index_vectors(op, op.args["indices"])
-    if found is None or len(found) != 1 or op.args["accumulate"] or op.args["values"] not in op.program.infos:
+    """Constant indices: with constants put there a choice, with values of the full shape a concatenation."""
+    if op.args["accumulate"]:
         return None
-    [(axis, index)] = found.items()
-    info, values, size = op.info_of(op.operands[0]), op.info_of(op.args["values"]), _static_size(op, axis)
-    if size is None or index.ndim != 1 or values.rank != info.rank:
+    found, put = _index_vectors(op, op.args["indices"]), op.constant("values")
+    if found is None:
+        return _put_where(op, rewriter)
+    if put is None:
+        return _put_values(op, rewriter, found, op.args["values"])
+    if put.numel() == 1:
+        return _put_number(op, rewriter, found, put.item())
+    return _put_constants(op, rewriter, found, put) or _put_values(op, rewriter, found, op.args["values"])
+
+
+def _put_where(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    """X[condition] = one number, with a condition that depends on the input: a choice."""
+    put, infos = op.args["values"], op.program.infos
+    first = next((axis for axis, entry in enumerate(op.args["indices"]) if entry is not None), 0)
+    condition, *others = op.args["indices"][first:] or [None]
+    if others or condition not in infos or infos[condition].dtype != torch.bool:
+        return None
+    if put not in infos or infos[put].sizes not in {(), (1,)} or op.info is None:
+        return None
+    value = rewriter.value(condition)
+    for number in range(op.info.rank - first - infos[condition].rank):
+        value = rewriter.call(aten.unsqueeze.default, (value, -1), like=op.node, step=f"condition{number}")
+    args = (value, rewriter.value(put), rewriter.value(op.args["self"]))
+    return rewriter.call(aten.where.self, args, like=op.node)
+
+
+def _index_copy(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    found = _one_index_vector(op)
+    return None if found is None else _put_values(op, rewriter, found, op.args["source"])
+
+
+def _index_fill(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    found, value = _one_index_vector(op), op.args["value"]
+    if isinstance(value, fx.Node):
+        held = op.constant("value")
+        value = None if held is None else held.item()
+    return None if found is None or value is None else _put_number(op, rewriter, found, value)
+
+
+def _one_index_vector(op: Op) -> dict[int, Tensor] | None:
+    """The axis and the constant index of index_fill and index_copy."""
+    index, x = op.constant("index"), op.program.infos.get(op.args["self"])
+    return None if index is None or x is None or x.rank == 0 else {_axis(op): index.reshape(-1).long()}
+
+
+def _put_number(op: Op, rewriter: Rewriter, indices: Mapping[int, Tensor], number: Any) -> fx.Node | None:
+    """X with one number at the indexed places: a constant mask, which no index reads twice and nothing copies."""
+    condition = _indexed(op, rewriter, indices)
+    if condition is None:
+        return None
+    args = (rewriter.value(op.args["self"]), condition, number)
+    return rewriter.call(aten.masked_fill.Scalar, args, like=op.node)
+
+
+def _put_constants(op: Op, rewriter: Rewriter, indices: Mapping[int, Tensor], put: Tensor) -> fx.Node | None:
+    """X with a constant for each index of one axis, the same along dynamic axes."""
+    condition = _indexed(op, rewriter, indices)
+    values = None if condition is None else _spread(op, indices, put)
+    if values is None:
+        return None
+    dtype = rewriter.dtype_of(op.args["values"])
+    constant = rewriter.constant(values, f"{op.node.name}_values", dtype)
+    return rewriter.call(
+        aten.where.self, (condition, constant, rewriter.value(op.args["self"])), like=op.node
+    )
+
+
+def _indexed(op: Op, rewriter: Rewriter, indices: Mapping[int, Tensor]) -> fx.Node | None:
+    """A constant mask of the indexed places, broadcastable to x."""
+    info = op.program.infos.get(op.args["self"])
+    if info is None or not all(map(info.is_static, indices)):
+        return None
+    mask = torch.zeros([info.sizes[axis] if axis in indices else 1 for axis in range(info.rank)]).bool()
+    mask[tuple(indices.get(axis, slice(None)) for axis in range(info.rank))] = True
+    return rewriter.constant(mask, f"{op.node.name}_mask", torch.bool)
+
+
+def _spread(op: Op, indices: Mapping[int, Tensor], put: Tensor) -> Tensor | None:
+    """Values at the indices of one axis and zeros at the others, broadcastable to x; None where that is unclear."""
+    [(axis, index), *others] = indices.items()
+    info = op.info_of(op.args["self"])
+    size, rank = info.sizes[axis], info.rank
+    if others or index.ndim != 1 or put.ndim > rank or len(set((index % size).tolist())) < len(index):
+        return None
+    aligned = put.reshape((1,) * (rank - put.ndim) + tuple(put.shape))
+    sizes = [size if each == axis else count for each, count in enumerate(aligned.shape)]
+    if any(count != 1 and not info.is_static(each) for each, count in enumerate(sizes)):
+        return None
+    values = put.new_zeros(sizes)
+    values.movedim(axis, 0)[index] = aligned.movedim(axis, 0)
+    return values
+
+
+def _put_values(op: Op, rewriter: Rewriter, indices: Mapping[int, Tensor], values: fx.Node) -> fx.Node | None:
+    """X with values of the full shape at one index vector without repetitions."""
+    if len(indices) != 1 or values not in op.program.infos:
+        return None
+    [(axis, index)] = indices.items()
+    info, given, size = op.info_of(op.operands[0]), op.info_of(values), _static_size(op, axis)
+    if size is None or index.ndim != 1 or given.rank != info.rank:
         return None
     keys = [info.key(each) if each != axis else (index.numel(),) * 3 for each in range(info.rank)]
-    if any(values.key(each) != key for each, key in enumerate(keys)):
+    if any(given.key(each) != key for each, key in enumerate(keys)):
         return None
     chosen = (index % size).tolist()
-    return _put(op, rewriter, axis, chosen, op.args["values"]) if len(set(chosen)) == len(chosen) else None
+    return _put(op, rewriter, axis, chosen, values) if len(set(chosen)) == len(chosen) else None
 
 
 def _same_kind(op: Op, source: fx.Node) -> bool:
@@ -300,10 +419,15 @@ PLACEMENTS: dict[Any, Callable[[Op, Rewriter], fx.Node | None]] = {
     aten.repeat_interleave.self_int: _repeat_interleave,
     aten.repeat_interleave.self_Tensor: _repeat_interleave,
     aten.gather.default: _gather,
+    aten.scatter.value: _scatter,
+    aten.scatter.src: _scatter,
     aten.index.Tensor: _index,
     aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter,
     aten.index_put.default: _index_put,
+    aten.index_copy.default: _index_copy,
+    aten.index_fill.int_Scalar: _index_fill,
+    aten.index_fill.int_Tensor: _index_fill,
     aten.copy.default: _copy,
     aten.fill.Tensor: _fill,
     aten.tile.default: _tile,

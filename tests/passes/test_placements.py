@@ -94,3 +94,73 @@ def test_repeating_the_batch_repeats_a_new_axis():
 def test_what_only_the_input_decides_is_left_alone():
     program = capture(Net(lambda x: x.gather(1, (x > 0).long())), torch.randn(2, 8, 4, 4))
     assert "gather" in str(targets_of(DIALECT(program).program))
+
+
+NUMBERS = [
+    put((EVERY, torch.tensor([1, 4, 6])), lambda x: 0.0),
+    put((EVERY, [-2, 4, 1, 1]), lambda x: 0.0),
+    put((EVERY, torch.tensor([False, True, False, False, True, False, True, False])), lambda x: 0.5),
+    put((EVERY, [6, 1, 4]), lambda x: torch.tensor([1.0, 2.0, -3.0]).view(3, 1, 1)),
+    lambda x: x.index_fill(1, torch.tensor([1, 4, 6]), 2.0),
+    lambda x: x.index_fill(-3, torch.tensor([1, 4, 6]), torch.tensor(2.0)),
+    lambda x: x.scatter(1, torch.tensor([1, 4, 6]).view(1, 3, 1, 1).expand(x.shape[0], 3, 4, 4), 0.5),
+    lambda x: put((EVERY, [1, 4, 6]), lambda x: 1.0)(put(x < 0, lambda x: 0.0)(x)),
+]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("assign", NUMBERS)
+def test_channels_that_are_assigned_a_number_go(assign, dynamic):
+    class Assigned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            return self.second(assign(self.first(x)))
+
+    result = check(Assigned(), torch.randn(2, 3, 4, 4), dynamic=dynamic)
+    assert shapes_of(result)["first.weight"] == (5, 3, 1, 1)
+
+
+MORE_CHOICES = [
+    (put((EVERY, EVERY, torch.eye(4) > 0), lambda x: 0.0), ["masked_fill"]),
+    (put((EVERY, PLACES, PLACES), lambda x: 2.0), ["masked_fill"]),
+    (lambda x: put(x > 0, lambda x: 2.0)(x), ["gt", "where"]),
+    (
+        lambda x: put(x[:, :, 0, 0] > 0, lambda x: 2.0)(x),
+        ["select", "select", "gt", "unsqueeze", "unsqueeze", "where"],
+    ),
+    (lambda x: x.index_copy(1, torch.tensor([5, 2]), x[:, :2] * 2), ["slice", "mul", "cat", "index_select"]),
+    (
+        lambda x: x.scatter(
+            1, torch.tensor([5, 2]).view(1, 2, 1, 1).expand(x.shape[0], 2, 4, 4), x[:, :2] * 2
+        ),
+        ["slice", "mul", "cat", "index_select"],
+    ),
+]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(("forward", "wanted"), MORE_CHOICES)
+def test_putting_numbers_and_values_at_constant_places_has_a_spelling(forward, wanted, dynamic):
+    test_moving_entries_has_one_spelling(forward, wanted, dynamic)
+
+
+KEPT = [
+    put(
+        (EVERY, [1, 1]), lambda x: torch.tensor([1.0, 2.0]).view(2, 1, 1)
+    ),  # which of them stays is not defined
+    lambda x: torch.ops.aten.index_put(x, [None, torch.tensor([1, 1])], x[:, :2], True),
+    lambda x: x.scatter(
+        1, torch.tensor([1, 4]).view(1, 2, 1, 1).expand(1, 2, 4, 4), 0.5
+    ),  # the first of the batch
+]
+
+
+@pytest.mark.parametrize("forward", KEPT)
+def test_what_is_put_at_places_of_no_constant_mask_is_left_alone(forward):
+    program = capture(Net(forward), torch.randn(2, 8, 4, 4))
+    result = DIALECT(program).program
+    assert_same(program, result)
+    assert not {"masked_fill", "where", "cat"} & {str(target).split(".")[1] for target in targets_of(result)}
