@@ -3,6 +3,7 @@
     glu(x) = a sigmoid(b), a and b the halves of x       rrelu(x) = leaky_relu(x, (lower + upper) / 2)
     addcmul(x, a, b) = x + value a b                     addcdiv(x, a, b) = x + value a / b
     pairwise_distance(x, y) = norm(x - y + eps)          cosine_similarity(x, y) = sum(x / |x| * y / |y|)
+    bilinear(x, y, W, b) = linear(flat products of x and y, flat W, b)
 
 var_mean and std_mean become a variance and a mean, aminmax amin and amax.
 """
@@ -109,7 +110,25 @@ def _both_extrema(op: Op, source: Op, rewriter: Rewriter) -> fx.Node:
     return rewriter.call(target, (x, axes, source.args["keepdim"]), like=op.node)
 
 
+def _bilinear(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    """Entry (i, j) of the products meets column (i, j) of each matrix."""
+    weight = op.constant("weight")
+    if weight is None or not {op.args["input1"], op.args["input2"]} <= op.program.infos.keys():
+        return None
+    x, y = (
+        rewriter.call(aten.unsqueeze.default, (rewriter.value(op.args[name]), axis), like=op.node, step=name)
+        for name, axis in (("input1", -1), ("input2", -2))
+    )
+    products = rewriter.call(aten.mul.Tensor, (x, y), like=op.node, step="products")
+    flat = rewriter.call(aten.flatten.using_ints, (products, -2, -1), like=op.node, step="flat")
+    held = op.args["weight"]
+    matrix = rewriter.constant(weight.flatten(1), str(held.target), rewriter.dtype_of(held))
+    bias = None if op.args["bias"] is None else rewriter.value(op.args["bias"])
+    return rewriter.call(aten.linear.default, (flat, matrix, bias), like=op.node)
+
+
 FORMULAS: dict[Any, Formula] = {
+    aten.bilinear.default: _bilinear,
     aten.glu.default: _glu,
     aten.rrelu.default: _rrelu,
     aten.addcmul.default: _add_combination(aten.mul.Tensor),

@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -49,6 +50,25 @@ def test_both_halves_of_a_gated_unit_lose_the_same_channels():
     shapes = shapes_of(check(Gated(), torch.randn(2, 7, 4)))
     assert shapes["first.weight"] == (8, 4)
     assert shapes["last.weight"] == (3, 4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_bilinear_layer_loses_inputs_of_both_sides_and_rows(bias):
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 8), nn.Linear(3, 6)
+            self.joined, self.last = nn.Bilinear(8, 6, 10, bias=bias), nn.Linear(10, 2)
+
+        def forward(self, x):
+            first = self.first(x) * (torch.arange(8) % 2)
+            second = self.second(x) * (torch.arange(6) % 3 == 0)
+            return self.last(self.joined(first, second).tanh() * (torch.arange(10) < 4))
+
+    shapes = shapes_of(check(Joined(), torch.randn(2, 5, 3)))
+    assert shapes["first.weight"] == (4, 3)
+    assert shapes["second.weight"] == (2, 3)
+    assert shapes["joined.weight"] == (4, 8)
 
 
 def test_a_gated_unit_along_channels_of_maps():
