@@ -2,7 +2,8 @@
 
 - max_pool*_with_indices becomes max_pool*; max and min, of an axis or of everything, and both results of aminmax
   become amax and amin;
-- adaptive_max_pool* becomes amax where one position is left, max_pool* where static sizes divide;
+- adaptive_max_pool* becomes amax where one position is left, max_pool* where sizes are static: of positions read
+  repeatedly where they do not divide, since windows overlap and differ in size there;
 - a pool in ceil mode that has no window more than without becomes one without (onnxruntime counts windows that torch
   leaves out, those that begin behind everything);
 - an average pool with a divisor of its own becomes a plain one times a number (ONNX has no such attribute);
@@ -78,13 +79,25 @@ def _adaptive(target: Any, spatial_rank: int) -> Piece:
             info.is_static(axis) for axis in axes
         ):
             return None
-        sizes = [info.sizes[axis] for axis in axes]
-        if any(size % count for size, count in zip(sizes, wanted, strict=True)):
-            return None
-        window = [size // count for size, count in zip(sizes, wanted, strict=True)]
-        return rewriter.call(target, (rewriter.value(x), window, window), like=op.node)
+        value, window = rewriter.value(x), []
+        for axis, count in zip(axes, wanted, strict=True):
+            places = _adaptive_windows(info.sizes[axis], count)
+            window.append(places.shape[1])
+            if not torch.equal(places.flatten(), torch.arange(info.sizes[axis])):
+                index = rewriter.constant(places.flatten(), f"{op.node.name}_windows", torch.int64)
+                args, step = (value, axis, index), f"windows{axis}"
+                value = rewriter.call(aten.index_select.default, args, like=op.node, step=step)
+        return rewriter.call(target, (value, window, window), like=op.node)
 
     return piece
+
+
+def _adaptive_windows(size: int, count: int) -> torch.Tensor:
+    """The positions of each window, int64 (count, longest window); shorter ones repeat their last."""
+    numbers = torch.arange(count)
+    first, end = numbers * size // count, ((numbers + 1) * size + count - 1) // count
+    places = first[:, None] + torch.arange(int((end - first).max()))
+    return places.minimum(end[:, None] - 1)
 
 
 def _whole_extremum(target: Any) -> Spelling:

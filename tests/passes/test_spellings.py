@@ -46,8 +46,20 @@ def test_each_has_one_spelling(function, shape, target):
     assert canonical(function, *shape) == [target]
 
 
-def test_an_adaptive_maximum_that_does_not_divide_stays():
-    assert aten.adaptive_max_pool2d.default in canonical(lambda x: F.adaptive_max_pool2d(x, 4), 2, 3, 6, 6)
+@pytest.mark.parametrize("size", [4, 5, (3, 4), (7, 2), (9, 1)])
+def test_an_adaptive_maximum_that_does_not_divide_reads_positions_repeatedly(size):
+    targets = canonical(lambda x: F.adaptive_max_pool2d(x, size), 2, 3, 6, 7)
+    assert targets[-1] is aten.max_pool2d.default
+    assert set(targets[:-1]) == {aten.index_select.default}
+
+
+def test_an_adaptive_maximum_over_dynamic_sizes_stays():
+    program = capture(
+        Call(lambda x: F.adaptive_max_pool1d(x, 4)),
+        torch.randn(2, 3, 9),
+        dynamic=({2: torch.export.Dim("n", min=5)},),
+    )
+    assert aten.adaptive_max_pool1d.default in targets_of(Canonicalize()(program).program)
 
 
 def test_a_pool_whose_indices_are_read_stays():
