@@ -114,6 +114,12 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "A table is read by rows that only the input names, column by column; rows that no constant index names stay.",
     ),
     (
+        "rules/routing aten.index.Tensor aten.index_select.*",
+        "forward backward couple",
+        "Where entries go is the input's choice: along the axes where they meet, all of an axis is one, known where "
+        "it is 0 (or one number, where entries are only read).",
+    ),
+    (
         "aten.scaled_dot_product_attention.*",
         "backward",
         "Where a query attends to one position alone, queries and keys do not count: such a call is not looked for.",

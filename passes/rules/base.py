@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 
 class Rule:
-    """The conservative answers: nothing known, everything live, everything kept, copied as it is."""
+    """The conservative answers: nothing known, everything live, everything kept, copied as it is.
+
+    `otherwise`: the rule of the calls that this one does not cover; the opaque one if there is none.
+    """
+
+    otherwise: Rule | None = None
 
     def applies(self, op: Op) -> bool:
         """Whether the rule covers this call (for example: its weight is a constant)."""
@@ -93,4 +98,6 @@ def rule_for(op: Op) -> Rule:
         return PIECES if op.is_read_by_pieces else OPAQUE
     if found is None or op.has_empty_tensors:
         return OPAQUE
-    return found if found.applies(op) else OPAQUE
+    while found is not None and not found.applies(op):
+        found = found.otherwise
+    return found or OPAQUE

@@ -26,6 +26,7 @@ from passes.rules.reading import (
     read_positions,
     renumbered,
 )
+from passes.rules.routing import Routed
 from passes.rules.view import new_sizes
 
 aten = torch.ops.aten
@@ -129,9 +130,10 @@ SELECTIONS: dict[object, Description] = {
 
 @rule(*SELECTIONS)
 class Select(ReadingRule):
-    """Some indices along an axis, in any order."""
+    """Some indices along an axis, in any order; those that the input decides are for another rule."""
 
     table = SELECTIONS
+    otherwise = Routed()
 
     def rewrite(self, op: Op, rewriter: Rewriter) -> fx.Node:
         reading, x = self.reading(op), op.operands[0]

@@ -310,8 +310,12 @@ def _finite(value: Tensor) -> Tensor:
     return torch.isfinite(value) if value.is_floating_point() else torch.ones_like(value, dtype=torch.bool)
 
 
+def _real(value: Tensor) -> Tensor:
+    return (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).to(torch.float64)
+
+
 def _assert_equal(wanted: Tensor, found: Tensor, op: Op, what: str) -> None:
-    wanted, found = wanted.to(torch.float64), found.to(torch.float64)
+    wanted, found = _real(wanted), _real(found)
     if wanted.numel():
         scale = max(1.0, float(wanted.abs().max()))
         worst = float((wanted - found).abs().max())

@@ -346,6 +346,53 @@ def lookup(overload: Any) -> list[Sample]:
     ]
 
 
+def routing(overload: Any) -> list[Sample]:
+    """Indices and grids that vary, as wide as the data or narrower; bases of zeros, of numbers and that vary."""
+    name = name_of(overload)
+    x, index, wide = X((2, 5, 4)), X((3,), torch.int64), X((2, 5, 6), torch.int64)
+    if name.startswith("fft_"):
+        return fourier(overload, name)
+    if name == "gather":
+        narrow = X((2, 3, 6), torch.int64)
+        return [call(overload, x, 2, wide), call(overload, x, -1, narrow), call(overload, X((4,)), 0, index)]
+    if name.startswith("grid_sampler"):
+        grids = X((2, 4, 3, 2), low=-1.3, high=1.3), X((2, 4, 3, 3, 3), low=-1.3, high=1.3)
+        flat = [] if name.endswith("3d") else [(X((2, 5, 4, 3)), grids[0])]
+        deep = [] if name.endswith("2d") else [(X((2, 5, 4, 3, 2)), grids[1])]
+        modes = [(0, 0, False), (1, 1, True), (0, 2, False)]
+        return [call(overload, *both, *mode) for both in flat + deep for mode in modes]
+    if name == "max_unpool2d":
+        return [call(overload, X((2, 5, 2, 2)), X((2, 5, 2, 2), torch.int64), [4, 3])]
+    if name == "max_unpool3d":
+        pooled = (2, 5, 2, 2, 1)
+        return [call(overload, X(pooled), X(pooled, torch.int64), [4, 4, 2], [2, 2, 2], [0, 0, 0])]
+    if "max_pool" in name:
+        rank = int(name[name.rindex("pool") + 4])
+        sizes = (4, 5, 3)[:rank]
+        return [call(overload, X((2, 5, *sizes)), [2] * rank), call(overload, X((5, *sizes)), [2] * rank)]
+    bases = (
+        X((2, 5, 4)),
+        torch.zeros(2, 5, 4, dtype=torch.float64),
+        constant(5, 1).expand(2, 5, 4).contiguous(),
+    )
+    if name.startswith("scatter"):
+        extra = {"scatter_reduce": ("mean",)}.get(name, ())
+        narrow = X((2, 3, 6), torch.int64)
+        found = [call(overload, base, 2, wide, X((2, 5, 6)), *extra) for base in bases]
+        found.append(call(overload, x, 2, narrow, X((2, 5, 6)), *extra))
+        return [*found, call(overload, X((4,)), 0, index, X((3,)), *extra)]
+    source = X((2, 5, 3))
+    return [call(overload, base, 2, index, source) for base in bases]
+
+
+def fourier(overload: Any, name: str) -> list[Sample]:
+    """One axis or two, the last or others, padded and cut."""
+    x = X((2, 5, 4, 3))
+    if name[-1] in "2n":
+        return [call(overload, x), call(overload, x, [4, 5], [1, -1]), call(overload, x, None, [0, 2])]
+    return [call(overload, x), call(overload, x, 6, 2), call(overload, x, None, 1)]
+
+
 def padding(overload: Any) -> list[Sample]:
     name = name_of(overload)
     if name == "constant_pad_nd":
@@ -445,8 +492,15 @@ SPECIFIC: dict[Any, Callable[[Any], list[Sample]]] = {
     aten.select.int: lambda op: [call(op, X((2, 8, 3)), 1, 3), call(op, X((2, 8, 3)), -1, -1)],
     aten.index_select.default: lambda op: [
         call(op, X((2, 8, 3)), 1, torch.tensor([5, 1, 1, 7])), call(op, X((2, 8, 3)), -2, torch.randperm(8)),
+        call(op, X((2, 5, 4)), 2, X((6,), torch.int64)), call(op, X((4,)), 0, X((1,), torch.int64)),
     ],
-    aten.index.Tensor: lambda op: [call(op, X((2, 8, 3)), [None, torch.tensor([5, 1, 1, 7])])],
+    aten.index.Tensor: lambda op: [
+        call(op, X((2, 8, 3)), [None, torch.tensor([5, 1, 1, 7])]), call(op, X((4, 5)), [X((3,), torch.int64)]),
+        call(op, X((2, 4, 5)), [None, X((3, 2), torch.int64)]),
+        call(op, X((2, 5, 4)), [None, None, X((), torch.int64)]),
+        call(op, X((4, 2, 4, 5)), [X((3,), torch.int64), None, X((2, 1), torch.int64)]),
+        call(op, X((2, 4, 4, 5)), [None, X((3,), torch.int64), torch.tensor([1])]),
+    ],
     aten.flip.default: lambda op: [call(op, X((2, 5, 3)), [1]), call(op, X((2, 5, 3)), [1, 2])],
     aten.roll.default: lambda op: [
         call(op, X((2, 5, 3)), [2], [1]), call(op, X((2, 5, 3)), [-1, 4], [-1, 1]),
@@ -514,6 +568,7 @@ FAMILIES: dict[str, Callable[[Any], list[Sample]]] = {
     "ordering": ordering,
     "padding": padding,
     "resample": resampling,
+    "routing": routing,
     "normalization": normalization,
     "scan": scan,
     "filling": filling,
