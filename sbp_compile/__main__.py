@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 from sbp_compile.interruption import INTERRUPTIONS, interrupted_exit_code, interruptible
@@ -12,6 +13,8 @@ def main() -> int:
 
     SIGTERM ends it as Ctrl-C does, with what was begun removed, and exit code 143.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names in a report may have letters that the terminal lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     with interruptible():
         try:
             from sbp_compile.cli import main as run

@@ -14,6 +14,8 @@ from typing import BinaryIO
 
 from sbp_compile.errors import OutputError
 
+_OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -22,8 +24,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     The temporary file exists and is empty; it keeps `path`'s suffix, for writers that look at it. On any
     exception, an interrupt included, it is removed and whatever was at `path` stays as it was.
 
-    Raises `OutputError` when the folder is missing or not writable, when `path` is a directory, or when the
-    system refuses a write (a full disk, for example).
+    Raises `OutputError` as `refuse_unless_writable` does, and when the system refuses a write (a full disk, for
+    example).
     """
     target = Path(path)
     temporary = _create_beside(target)
@@ -56,7 +58,7 @@ def atomic_folder(
     temporary folder goes in any case. Errors as in `atomic_path`.
     """
     target = Path(path)
-    _refuse_unless_writable(target)
+    refuse_unless_writable(target)
     with _system_errors(target):
         folder = Path(tempfile.mkdtemp(prefix=f".{target.stem[:32]}-", dir=target.parent))
     try:
@@ -98,30 +100,55 @@ def _turn(folder: Path) -> Iterator[None]:
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Write `content` (text as UTF-8) to `path` in one step; see `atomic_path` for the errors."""
+    """Write `content` (text as UTF-8) to `path` in one step; see `atomic_path` for the errors.
+
+    A stream (`is_stream`) is written into instead, behind what it holds.
+    """
     data = content.encode() if isinstance(content, str) else content
-    with atomic_file(path) as file:
+    target = Path(path)
+    if is_stream(target):
+        with _system_errors(target), target.open("ab") as stream:
+            stream.write(data)
+        return
+    with atomic_file(target) as file:
         file.write(data)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether what lies there is written into and never replaced: a device, a pipe, an open file of this process."""
+    if str(path).startswith(_OPEN_FILES):
+        return True
+    with _system_errors(path):
+        return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def refuse_unless_writable(path: Path) -> None:
+    """Raise `OutputError` for a directory, a device, and a name or folder where no file can be made."""
+    with _system_errors(path):
+        if path.is_dir():
+            raise OutputError(f"cannot write {str(path)!r}: it is a directory; give a file name")
+        if is_stream(path):
+            raise OutputError(
+                f"cannot write {str(path)!r}: it is a device or a pipe, and a file would take its place; give a file "
+                "name"
+            )
+        if not path.parent.is_dir():
+            raise OutputError(
+                f"cannot write {str(path)!r}: folder {str(path.parent)!r} does not exist; create it first"
+            )
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write {str(path)!r}: no permission to write in {str(path.parent)!r}")
 
 
 def _create_beside(target: Path) -> Path:
     """Create the temporary file in the target's folder: a rename is atomic only within one file system."""
-    _refuse_unless_writable(target)
+    refuse_unless_writable(target)
     with _system_errors(target):
         handle, name = tempfile.mkstemp(
             prefix=f".{target.stem[:32]}-", suffix=target.suffix, dir=target.parent
         )
     os.close(handle)
     return Path(name)
-
-
-def _refuse_unless_writable(target: Path) -> None:
-    if target.is_dir():
-        raise OutputError(f"cannot write {str(target)!r}: it is a directory; give a file name")
-    if not target.parent.is_dir():
-        raise OutputError(
-            f"cannot write {str(target)!r}: there is no folder {str(target.parent)!r}; create it first"
-        )
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.markup import escape
 
+from sbp_compile.atomic import is_stream, refuse_unless_writable, write_atomically
 from sbp_compile.cli_output import add_output_options, output_options, written_paths
-from sbp_compile.errors import CompileError, OutputError, UsageError
+from sbp_compile.errors import CompileError, UsageError
 from sbp_compile.interruption import INTERRUPTIONS, interrupted_exit_code
 from sbp_compile.model_options import add_model_options, load
 from sbp_compile.output_options import WEIGHTS
@@ -183,17 +184,15 @@ def _fail(message: str, code: int) -> int:
 def run(options: argparse.Namespace) -> None:
     """Compile from file to file."""
     _check(options)
-    from rich.console import Console
+    from sbp_compile.report.console import ReportConsole
 
-    console = Console(quiet=options.quiet)
+    console = ReportConsole(quiet=options.quiet)
     with _one_line_warnings():
         compiled = _compile(options, console)
         timings = _time(options, compiled, console) if options.time else []
     if options.recipe is not None:
         compiled.recipe().save(options.recipe)
     if options.json is not None:
-        from sbp_compile.atomic import write_atomically
-
         content = {**compiled.metadata(), **compiled.report.to_dict(), "timings": timings}
         write_atomically(options.json, json.dumps(content, indent=2) + "\n")
 
@@ -208,18 +207,32 @@ def _check(options: argparse.Namespace) -> None:
         from sbp_compile.timing import require_provider
 
         require_provider(options.provider)
-    taken = {options.model.resolve(): "the model"}
-    if options.apply is not None:
-        taken[options.apply.resolve()] = "the recipe to apply"
+    taken = {os.path.realpath(path): what for what, path in _read_paths(options).items()}
     for path in (*written_paths(options), *tuning_files(options)):
-        _check_output(path)
-        if path.resolve() in taken:
-            raise UsageError(f"{str(path)!r} is {taken[path.resolve()]} itself; give the output another name")
-        taken[path.resolve()] = "another output"
+        if path in (options.json, options.recipe) and is_stream(path):
+            continue
+        refuse_unless_writable(path)
+        place = os.path.realpath(path)
+        if place in taken:
+            raise UsageError(f"{str(path)!r} is {taken[place]} itself; give the output another name")
+        taken[place] = "another output"
     if options.output.suffix == WEIGHTS:
         from sbp_compile.save import refuse_to_overwrite
 
         refuse_to_overwrite(options.output)
+
+
+def _read_paths(options: argparse.Namespace) -> dict[str, Path]:
+    """Return every file that a run reads, by what it is called: none of them is written over."""
+    tuning_file = options.tuning_file if options.tune is None else None
+    paths = {
+        "the model": options.model,
+        "the recipe to apply": options.apply,
+        "the file of --inputs": options.inputs,
+        "the file of --int8": options.int8,
+        "the file of --tuning-file": tuning_file,
+    }
+    return {what: path for what, path in paths.items() if path is not None}
 
 
 def _compile(options: argparse.Namespace, console: Console) -> Compiled:
@@ -267,9 +280,11 @@ def _stages(options: argparse.Namespace, console: Console) -> Iterator[Progress]
 
         with progress_bar(console) as progress:
             yield progress
-    else:
+    elif console.is_terminal:
         with console.status("") as status:
             yield lambda fraction, text: status.update(text)
+    else:
+        yield lambda fraction, text: None
 
 
 def _proof(compiled: Compiled, *, int8: bool) -> str:
@@ -307,19 +322,6 @@ def _time(options: argparse.Namespace, compiled: Compiled, console: Console) -> 
             console.print(comparison)
             found.append(comparison.to_json())
     return found
-
-
-def _check_output(path: Path) -> None:
-    """Refuse a missing folder, a directory, an unwritable place."""
-    folder = path.parent
-    if path.is_dir():
-        raise OutputError(f"cannot write {str(path)!r}: it is a directory; give a file name")
-    if not folder.is_dir():
-        raise OutputError(
-            f"cannot write {str(path)!r}: folder {str(folder)!r} does not exist; create it first"
-        )
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"cannot write {str(path)!r}: no permission to write in {str(folder)!r}")
 
 
 def _number(text: str) -> int:

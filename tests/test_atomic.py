@@ -62,7 +62,7 @@ def test_a_new_file_has_the_usual_mode_and_a_replaced_one_keeps_its_own(tmp_path
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"no folder '.*/nowhere'; create it first"):
+    with pytest.raises(OutputError, match=r"folder '.*/nowhere' does not exist; create it first"):
         write_atomically(tmp_path / "nowhere" / "small.onnx", b"")
     assert not names(tmp_path)
 
@@ -87,3 +87,29 @@ def test_a_full_disk_is_an_output_error_and_nothing_is_left(tmp_path: Path) -> N
     with pytest.raises(OutputError, match="no space left"), atomic_file(tmp_path / "small.onnx"):
         raise OSError(28, "No space left on device")
     assert not names(tmp_path)
+
+
+def test_a_pipe_is_written_into_and_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomically(tmp_path / "pipe", "report")
+        assert os.read(reader, 100) == b"report"
+    finally:
+        os.close(reader)
+    with pytest.raises(OutputError, match="is a device or a pipe"), atomic_file(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_link_is_replaced_and_what_it_points_at_stays(tmp_path: Path) -> None:
+    (tmp_path / "target").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("target")
+    write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "target").read_bytes() == b"old"
+    assert not (tmp_path / "link").is_symlink()
+
+
+def test_a_name_that_is_too_long_is_an_output_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="file name too long"):
+        write_atomically(tmp_path / f"{'a' * 300}.onnx", b"")

@@ -549,6 +549,22 @@ def test_a_place_that_cannot_be_written_is_named_before_any_work(
     assert names(tmp_path) == ["folder.onnx"]
 
 
+@pytest.mark.parametrize("option", ["--inputs", "--int8", "--tuning-file", "--apply"])
+def test_a_file_that_is_read_is_not_written_over(
+    option: str, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = tmp_path / "data"
+    read.write_bytes(b"precious")
+    line = fails(capsys, 2, model_file, "-o", tmp_path / "small.onnx", option, read, "--json", read)
+    assert "itself; give the output another name" in line
+    assert read.read_bytes() == b"precious"
+
+
+def test_a_link_to_itself_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop.pt").symlink_to("loop.pt")
+    assert "there is no file" in fails(capsys, 3, tmp_path / "loop.pt", "-o", tmp_path / "small.onnx")
+
+
 def test_a_folder_without_permission_is_named(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -486,7 +486,7 @@ def test_an_unknown_suffix_is_refused(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 def test_a_missing_folder_is_named(suffix: str, tmp_path: Path) -> None:
     compiled = sbp_compile.compile(Masked(), torch.randn(4, 6), verify=False)
-    with pytest.raises(OutputError, match="there is no folder"):
+    with pytest.raises(OutputError, match="does not exist; create it first"):
         compiled.save(tmp_path / "nowhere" / f"small{suffix}")
 
 
