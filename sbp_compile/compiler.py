@@ -160,6 +160,9 @@ def compile(  # noqa: A001  # the public name; torch.compile and re.compile have
     The module is left as it was, and shares no memory with the result. Raises `UsageError`, `InputError`,
     `UnsupportedModelError` or `VerificationError`.
     """
+    for name, value, wanted in (("pipeline", pipeline, Pipeline), ("recipe", recipe, Recipe)):
+        if value is not None and not isinstance(value, wanted):
+            raise UsageError(f"`{name}` (={type(value).__name__}) must be a {wanted.__name__}")
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     times: dict[str, float] = {}
     with _timed(times, "capture"):

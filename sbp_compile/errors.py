@@ -60,5 +60,9 @@ class NarrowedWeightsWarning(UserWarning):
     """Weights were rounded to the dtype of the network that they were loaded into."""
 
 
+class TuningCacheWarning(UserWarning):
+    """The times that were measured could not be kept in the user's cache."""
+
+
 class OpsetWarning(UserWarning):
     """The ONNX file that was given has an opset in which the small network cannot be written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -11,6 +12,8 @@ OPSET = 20
 
 ONNX, EXPORTED, WEIGHTS = ".onnx", ".pt2", ".safetensors"
 TORCHSCRIPT = (".ts", ".pt")
+# What a file of generated source imports, itself or by torch.
+_SHADOWED = frozenset({*sys.stdlib_module_names, "torch", "numpy", "safetensors"})
 SUFFIXES = (ONNX, EXPORTED, *TORCHSCRIPT, WEIGHTS)
 
 
@@ -34,6 +37,17 @@ class OutputOptions:
         """Raise `UsageError` where the suffix is not known or an option says nothing about such a file."""
         if path.suffix not in SUFFIXES:
             raise UsageError(f"output {path.name!r} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+        if not _is_utf8(path):
+            raise UsageError(
+                f"output {str(path)!r} is no name in UTF-8, which the runtimes need; give it another name"
+            )
+        if path.suffix == WEIGHTS and path.stem in _SHADOWED:
+            raise UsageError(
+                f"{path.stem}.py beside {path.name!r} would be imported in place of the library of that name; give the "
+                "output another name"
+            )
+        if self.opset is not None and (isinstance(self.opset, bool) or not isinstance(self.opset, int)):
+            raise UsageError(f"opset (={self.opset!r}) must be an integer")
         if self.fp16_io and not self.fp16:
             raise UsageError("fp16_io needs fp16: half precision at the interface alone saves nothing")
         if self.int8 is not None and (self.fp16 or self.external_data):
@@ -42,6 +56,14 @@ class OutputOptions:
         for name in ("opset", "external_data", "int8"):
             if getattr(self, name) not in {None, False} and path.suffix != ONNX:
                 raise UsageError(f"{_flag(name)} is for .onnx outputs, not for {path.name!r}")
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def option_names() -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sbp_compile.errors import UsageError
+from sbp_compile.errors import CompileError, TuningCacheWarning, UsageError
 
 if TYPE_CHECKING:
     from passes import Target
@@ -78,10 +79,17 @@ def tuned(
 
 def keep_times(options: argparse.Namespace, tuner: OnnxruntimeTuner | None) -> None:
     """Write what was measured where `--tuning-file` says, else into the user's cache."""
-    if tuner is not None:
-        from sbp_compile.tuning import default_path, save_times
+    if tuner is None:
+        return
+    from sbp_compile.tuning import default_path, save_times
 
-        save_times(options.tuning_file or default_path(), tuner.times)
+    if options.tuning_file is not None:
+        save_times(options.tuning_file, tuner.times)
+        return
+    try:
+        save_times(default_path(), tuner.times)
+    except CompileError as error:  # the network is what was asked for, not the cache
+        warnings.warn(f"measured times are not kept: {error}", TuningCacheWarning, stacklevel=2)
 
 
 def _of_file(path: Path, known: list[LayerTimes], here: LayerTimes) -> LayerTimes:

@@ -306,6 +306,31 @@ def test_what_the_file_does_not_say_is_asked_for(
     assert names(tmp_path) == ["weights.pt"]
 
 
+@pytest.mark.parametrize("option", ["--arch", "--checkpoint-key"])
+def test_an_option_that_says_nothing_of_the_file_is_refused(
+    option: str, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(capsys, 2, model_file, "-o", tmp_path / "small.onnx", option, "networks:Net")
+    assert f"{option}: {str(model_file)!r} is an exported program, of which it says nothing" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "torch.safetensors",
+            "torch.py beside 'torch.safetensors' would be imported in place of the library",
+        ),
+        ("signal.safetensors", "signal.py beside"),
+        ("small\udcff.onnx", "is no name in UTF-8"),
+    ],
+)
+def test_a_name_that_breaks_what_reads_it_is_refused(
+    name: str, message: str, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(capsys, 2, model_file, "-o", tmp_path / name)
+
+
 def test_the_axes_of_an_exported_program_are_what_they_are(
     model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

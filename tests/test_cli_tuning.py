@@ -1,6 +1,8 @@
 """The options for tuning: measured here, kept in a file, used elsewhere."""
 
+import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ from torch import nn
 import sbp_compile
 from passes.targets import Layer
 from sbp_compile.cli import main
-from sbp_compile.tuning import LayerTimes, load_times, save_times
+from sbp_compile.errors import OutputError, TuningCacheWarning
+from sbp_compile.tuning import LayerTimes, OnnxruntimeTuner, load_times, save_times
 from sbp_compile.tuning.layer_times import key_of
+from sbp_compile.tuning_options import keep_times
 
 
 class Masked(nn.Sequential):
@@ -97,6 +101,24 @@ def test_what_cannot_be_tuned_for_is_one_line(options, message, model, tmp_path,
     [line] = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "small.onnx").exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_no_network(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")  # no folder can be made there, by root either
+    tuner = OnnxruntimeTuner(times_that_like(40), 1.0)
+    with pytest.warns(TuningCacheWarning, match="measured times are not kept: "):
+        keep_times(argparse.Namespace(tuning_file=None), tuner)
+    with pytest.raises(OutputError, match="cannot make the folder of '/proc/nowhere"):
+        keep_times(argparse.Namespace(tuning_file=Path("/proc/nowhere/times.json")), tuner)
+
+
+def test_times_that_another_run_has_kept_meanwhile_stay(tmp_path):
+    times = times_that_like(40)
+    halves = [dict(list(times.seconds.items())[part]) for part in (slice(6), slice(6, None))]
+    for half in halves:
+        save_times(tmp_path / "times.json", replace(times, seconds=half))
+    [found] = load_times(tmp_path / "times.json")
+    assert found.seconds == times.seconds
 
 
 def test_a_damaged_tuning_file_is_named(model, tmp_path, monkeypatch, capsys):

@@ -70,6 +70,11 @@ def _found(name: str) -> Callable[..., Any]:
     module_name, colon, path = name.partition(":")
     if not module_name or not colon or not path:
         raise UsageError(f"--arch {name!r} must be package.module:factory, such as networks.resnet:ResNet")
+    if module_name.endswith(".py") or not all(part.isidentifier() for part in module_name.split(".")):
+        raise UsageError(
+            f"--arch {name}: {module_name!r} is no name of a module, as in an import: package.module for "
+            "package/module.py, seen from the current folder"
+        )
     with importing_from_here():
         try:
             module = importlib.import_module(module_name)

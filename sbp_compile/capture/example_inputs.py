@@ -80,7 +80,10 @@ def parse_axes(texts: Sequence[str]) -> dict[str, dict[int, str]]:
             axis, name = part.split("=")
             if not name.isidentifier():
                 raise UsageError(f"--dynamic {text!r}: {name!r} is not a name; {_HOW_AXES}")
-            axes[int(axis)] = name
+            if axes.setdefault(int(axis), name) != name:
+                raise UsageError(
+                    f"--dynamic {text!r}: axis {axis} is called {axes[int(axis)]!r} and {name!r}"
+                )
     return found
 
 

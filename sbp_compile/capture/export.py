@@ -50,6 +50,10 @@ def export_module(
     """
     if dynamic_batch not in (True, False, "require"):
         raise UsageError(f"dynamic_batch (={dynamic_batch!r}) must be True, False or 'require'")
+    if not isinstance(module, nn.Module):
+        raise UsageError(
+            f"module (={type(module).__name__}) must be a torch.nn.Module that was made, no class"
+        )
     if not isinstance(args, tuple):
         raise InputError(
             f"args (={type(args).__name__}) must be a tuple of the module's positional arguments"

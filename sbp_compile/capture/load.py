@@ -97,6 +97,7 @@ def load_model(
         namespaces,
     )
     kind = recognise(path)
+    _refuse_idle(path, kind, wanted)
     try:
         return _LOADERS[kind](path, wanted)
     except ModelFileError as error:
@@ -104,6 +105,18 @@ def load_model(
         raise ModelFileError(message) from error
     except OSError as error:
         raise ModelFileError(f"cannot read {str(path)!r}: {error.strerror}") from error
+
+
+def _refuse_idle(path: Path, kind: Kind, wanted: _Wanted) -> None:
+    """Raise `UsageError` for what says nothing about such a file: it would be ignored, and the user not know."""
+    if wanted.arch is None and wanted.arch_args:
+        raise UsageError("--arch-args are arguments of a factory: name it with --arch package.module:factory")
+    idle = {"--arch": wanted.arch is not None and kind not in _WEIGHTS, "--checkpoint-key": False}
+    idle["--checkpoint-key"] = wanted.checkpoint_key is not None and kind is not Kind.PICKLE
+    for option in (option for option, is_idle in idle.items() if is_idle):
+        raise UsageError(
+            f"{option}: {str(path)!r} is {kind.value}, of which it says nothing; leave the option away"
+        )
 
 
 def _load_program(path: Path, wanted: _Wanted) -> LoadedModel:
@@ -229,6 +242,9 @@ _LOADERS: Mapping[Kind, Callable[[Path, _Wanted], LoadedModel]] = {
     Kind.SAFETENSORS: _load_safetensors,
     Kind.ONNX: _load_onnx,
 }
+
+
+_WEIGHTS = frozenset({Kind.PICKLE, Kind.SAFETENSORS})
 
 
 def _with_weights(path: Path, state: dict[str, Tensor], wanted: _Wanted) -> nn.Module:

@@ -6,13 +6,13 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import astuple, fields
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import Any
 
 from passes.targets import Layer
 from sbp_compile.atomic import write_atomically
-from sbp_compile.errors import ModelFileError
+from sbp_compile.errors import ModelFileError, OutputError
 from sbp_compile.json_file import read_json
 from sbp_compile.tuning.layer_times import LayerTimes
 
@@ -53,8 +53,16 @@ def save_times(path: Path, measured: LayerTimes) -> None:
 
     Raises OutputError where it cannot be written, ModelFileError where it holds something else.
     """
-    others = [times for times in load_times(path) if times.machine != measured.machine]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    held = load_times(path)
+    others = [times for times in held if times.machine != measured.machine]
+    for times in held:  # another run may have written since this one has read
+        if times.machine == measured.machine:
+            measured = replace(measured, seconds={**times.seconds, **measured.seconds})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise OutputError(f"cannot make the folder of {str(path)!r}: {reason}") from error
     content = {"format": FORMAT, "machines": [_entry_of(times) for times in (*others, measured)]}
     write_atomically(path, json.dumps(content, indent=0) + "\n")
 

@@ -138,6 +138,18 @@ WRONG: dict[str, tuple[Callable[[Net], Any], dict[str, Any], type[CompileError],
         InputError,
         "first.bias is torch.complex64 in the file and torch.float32 in the network",
     ),
+    "arguments of nothing": (
+        state,
+        {"arch_args": {"width": 16}},
+        UsageError,
+        "--arch-args are arguments of a factory: name it with --arch",
+    ),
+    "a file of source": (
+        state,
+        {"arch": "nets/net.py:Net"},
+        UsageError,
+        "'nets/net.py' is no name of a module, as in an import: package.module for package/module.py",
+    ),
     "several": (
         lambda net: {"model": net.state_dict(), "ema": net.state_dict()},
         {"arch": Net},

@@ -66,7 +66,7 @@ def test_dynamic_axes_are_named() -> None:
         "mask": {0: "batch"},
     }
     assert parse_axes(["0=batch"]) == {"": {0: "batch"}}
-    for text in ("x", "x:batch", "x:0=1st", "x:-1=last", "x:0=a;1=b"):
+    for text in ("x", "x:batch", "x:0=1st", "x:-1=last", "x:0=a;1=b", "x:0=a,0=b"):
         with pytest.raises(UsageError, match="--dynamic"):
             parse_axes([text])
 
