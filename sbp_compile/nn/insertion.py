@@ -10,11 +10,13 @@ takes its place.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sbp_compile.nn.layout import Layout, NotMeasuredError, declared_layout, measured_layouts
@@ -110,6 +112,7 @@ def insert_noise(
         )
     for place, entry in made:
         _attach(place.target, entry.layer, before)
+    _forget_compiled()
     return Insertion(tuple(entry for _, entry in made), skipped)
 
 
@@ -127,7 +130,14 @@ def remove_noise(module: nn.Module) -> tuple[str, ...]:
             delattr(part, slot)
         if handles:
             found.append(name)
+    _forget_compiled()
     return tuple(found)
+
+
+def _forget_compiled() -> None:
+    """Let torch.compile begin anew: what it has compiled does not look at a module's hooks again."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _refuse_shards(module: nn.Module, what: str) -> None:
@@ -159,9 +169,13 @@ class _Place:
 
 
 def _selectors(where: Selector | Iterable[Selector]) -> tuple[Selector, ...]:
-    several = isinstance(where, Iterable) and not isinstance(where, (str, type))
+    several = isinstance(where, Iterable) and not isinstance(where, (str, type, nn.Module))
     found = tuple(where) if several else (where,)  # type: ignore[arg-type]
     for selector in found:
+        if isinstance(selector, nn.Module):
+            raise NoiseArgumentError(
+                f"`where` is a module itself ({type(selector).__name__}): give its name in the model, or its class"
+            )
         if not isinstance(selector, str) and not callable(selector):
             raise NoiseArgumentError(
                 f"`where` (={selector!r}) must be a module class, a name or a function, or several of them"

@@ -332,6 +332,18 @@ def test_a_training_step_compiles_without_graph_breaks():
         torch.testing.assert_close(eager, traced, rtol=1e-4, atol=1e-6)
 
 
+def test_a_model_that_was_compiled_and_run_before_gets_its_noise():
+    torch.compiler.reset()
+    model, x = nn.Sequential(nn.Linear(3, 4)).eval(), torch.ones(2, 3)
+    compiled = torch.compile(model, backend="eager")
+    before = compiled(x)
+    insert_noise(model, "0")
+    model[0].noise_after.switch_off(torch.ones(4, dtype=torch.bool))
+    assert torch.equal(compiled(x), torch.zeros(2, 4))
+    remove_noise(model)
+    assert torch.equal(compiled(x), before)
+
+
 def train_on(rank, folder):
     """One of two processes: two steps on half of the data each."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -469,6 +481,7 @@ def test_options_and_starts_reach_the_layers():
         ("conv9", {}, NoiseArgumentError, r"`where` \('conv9'\) matches no module; there are 0, 0.conv1"),
         (nn.LSTM, {}, NoiseArgumentError, r"`where` \(LSTM\) matches no module"),
         ((), {}, NoiseArgumentError, "`where` is empty"),
+        (nn.Linear(2, 2), {}, NoiseArgumentError, r"`where` is a module itself \(Linear\): give its name"),
         (3, {}, NoiseArgumentError, r"`where` \(=3\) must be a module class, a name or a function"),
         (
             "1",
