@@ -27,7 +27,7 @@ class NetworkCosts:
 
     `example_inputs`, `kwargs`: one call's arguments, as for `sbp_compile.compile`; the model is left as it was.
     Raises NoiseArgumentError for a model without noise layers, and the errors of capture. A model whose widths have
-    changed since needs a new one; changed weights and noise do not matter.
+    changed since needs a new one, and is told so; changed weights and noise do not matter.
     """
 
     def __init__(
@@ -67,8 +67,17 @@ class NetworkCosts:
         constants = dict(self._program.constants)
         for name, mask in masks.items():
             if name not in self._uncalled:
+                self._check_width(name, mask)
                 constants[_buffer(name)] = ~mask.cpu()
         return default_pipeline(cost)(self._program.replace(constants=constants)).program
+
+    def _check_width(self, name: str, mask: Tensor) -> None:
+        captured = self._program.constants[_buffer(name)].shape
+        if mask.shape != captured:
+            raise NoiseArgumentError(
+                f"the noise layer {name!r} has {mask.numel()} units, and had {captured.numel()} when its costs were "
+                "captured: make new NetworkCosts after units have been removed"
+            )
 
     def seconds(self, masks: Masks, *, batch: int = 1, threads: int = 1, budget_s: float = 3.0) -> float:
         """Median latency of the small network in onnxruntime on the CPU, measured for `budget_s` seconds."""

@@ -64,19 +64,34 @@ def prune(
 
     `layers`: names of the noise layers to look at (default: all). `threshold` becomes their SNR threshold: 0
     leaves the decision to the criterion alone. Units that are off already stay off. What is off is part of the state
-    dict; the threshold is not. Raises NoiseArgumentError, having changed nothing, for a name that no layer has.
+    dict; the threshold is not. Raises NoiseArgumentError, having changed nothing, for a name that no layer has, and for
+    a criterion that gives no masks.
     """
     found = named_noise_layers(module)
     wanted = list(found) if layers is None else list(layers)
     unknown = [name for name in wanted if name not in found]
     if unknown:
         raise NoiseArgumentError(f"`layers` ({unknown[0]!r}) is no noise layer; there are {', '.join(found)}")
-    with torch.no_grad():
-        kept = {name: criterion(found[name]) for name in wanted}
+    kept = {name: decision(criterion, found[name]) for name in wanted}
     for name, mask in kept.items():
         found[name].switch_off(~mask)
         set_threshold(found[name], threshold)
     return {name: int(found[name].mask().sum()) for name in wanted}
+
+
+def decision(criterion: Criterion, layer: LogNormalNoise) -> Tensor:
+    """Return what a criterion keeps of a layer; NoiseArgumentError where that is no mask of its units."""
+    with torch.no_grad():
+        kept = criterion(layer)
+    if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != (layer.num_features,):
+        shown = (
+            f"{kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
+        )
+        raise NoiseArgumentError(
+            f"the criterion gives {shown}; it must give a bool mask of shape ({layer.num_features},), True for what "
+            "stays"
+        )
+    return kept
 
 
 def _detached(layer: LogNormalNoise) -> tuple[Tensor, Tensor]:

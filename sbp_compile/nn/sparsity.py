@@ -81,7 +81,7 @@ def sparsity(
 
     `costs`: made once with `NetworkCosts(module, example_inputs)`, it adds the multiply-adds that compilation would
     leave under the masks of now. After `fully_shard` all processes must ask together; `costs` are made before.
-    Raises nothing.
+    Raises nothing but what `costs` of other widths raise.
     """
     layers = []
     with torch.no_grad():

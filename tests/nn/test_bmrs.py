@@ -178,6 +178,14 @@ def test_an_unknown_layer_changes_nothing():
     assert model[0].off is None
 
 
+@pytest.mark.parametrize("kept", [torch.ones(2), torch.ones(3, dtype=torch.bool), [True, False]])
+def test_a_criterion_that_gives_no_mask_changes_nothing(kept):
+    model = nn.Sequential(layer_with([LIVE]), layer_with([LIVE, DEAD]))
+    with pytest.raises(NoiseArgumentError, match="it must give a bool mask of shape"):
+        prune(model, lambda layer: layer.mask() if layer is model[0] else kept)
+    assert model[0].off is None
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -114,6 +114,18 @@ def test_a_model_without_noise_is_refused():
         NetworkCosts(nn.Linear(2, 2), torch.ones(2, 2))
 
 
+def test_costs_of_wider_layers_are_not_those_of_the_model(captured):
+    """One unit would be broadcast over all that were there, and every one count as left."""
+    model, costs = fresh_costs(captured)
+    with torch.no_grad():
+        model[1].survive(torch.arange(6) == 0)
+        model[1].mu, model[1].log_sigma = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    with pytest.raises(
+        NoiseArgumentError, match="'1' has 1 units, and had 6 when its costs were captured: make new"
+    ):
+        sparsity(model, costs)
+
+
 def fresh_costs(captured):
     """A twin of the captured model whose masks may be changed."""
     model = network()
