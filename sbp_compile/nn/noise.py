@@ -142,8 +142,9 @@ class LogNormalNoise(nn.Module):
                 f"`units` (={units.dtype} of shape {tuple(units.shape)}) must be a bool mask of shape "
                 f"({self.num_features},)"
             )
-        units = units.to(self.mu.device)
-        self.off = units.clone() if self.off is None else self.off | units
+        with torch.inference_mode(False):  # a mask made in inference mode could not be trained with
+            units = units.to(self.mu.device)
+            self.off = units.clone() if self.off is None else self.off | units
 
     def survive(self, kept: Tensor) -> None:
         """Go on with the features at which `kept`, bool (num_features,), is set; the parameters have lost the others.

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbp_compile.nn.criteria import Criterion
+from sbp_compile.nn.criteria import Criterion, decision
 from sbp_compile.nn.noise import LogNormalNoise, NoiseArgumentError, named_noise_layers
-from sbp_compile.nn.removal import Removal, refuse_shards, remove_off_units
+from sbp_compile.nn.removal import Removal, refuse_optimizer, refuse_shards, remove_off_units
 
 
 class TrainingPruner:
@@ -42,6 +42,8 @@ class TrainingPruner:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise NoiseArgumentError(f"`{name}` (={value!r}) must be an integer >= 1")
         refuse_shards(module)
+        if optimizer is not None and remove:
+            refuse_optimizer(optimizer)
         self.module, self.example_inputs, self.kwargs = module, example_inputs, kwargs
         self.optimizer, self.every, self.patience = optimizer, every, patience
         self.criterion, self.remove = criterion, remove
@@ -76,14 +78,22 @@ class TrainingPruner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there; NoiseArgumentError where the model has other widths than the counts."""
+        layers = named_noise_layers(self.module)
+        for name, count in state["counts"].items():
+            units = layers[name].num_features if name in layers else 0
+            if count.shape != (units,):
+                raise NoiseArgumentError(
+                    f"the counts of {name!r} are of {len(count)} units, the model has {units}: give it the widths of "
+                    "its own state dict first (match_widths, load_state_dict)"
+                )
         self.epochs = int(state["epochs"])
         self._counts = {name: count.clone() for name, count in state["counts"].items()}
 
     def _ripe(self, name: str, layer: LogNormalNoise) -> Tensor:
         """Units that have been dead often enough and are not off yet, but for the best one if none else is left."""
         with torch.no_grad():
-            dead = ~self.criterion(layer).cpu()
+            dead = ~decision(self.criterion, layer).cpu()
             counts = self._counts.get(name, torch.zeros(layer.num_features, dtype=torch.int64))
             self._counts[name] = torch.where(dead, counts + 1, 0)
             ripe = self._counts[name] >= self.patience

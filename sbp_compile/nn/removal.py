@@ -11,7 +11,8 @@ noise layers go on drawing for the units that left. (Dropout, and norms of gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,43 +62,84 @@ def remove_off_units(
     The module's output in eval mode on the example is compared before and after. Raises VerificationError where it
     changed or the module does not run any more (sizes written into its code), having put everything back;
     UnsupportedModelError where the module cannot be captured or uses parameters in train mode alone; UsageError for a
-    module wrapped or sharded for several processes.
+    module wrapped or sharded for several processes, and for LBFGS. Whatever is raised, nothing was changed.
     """
+    with _neither_inference_nor_autocast(module):
+        return _remove(module, example_inputs, dict(kwargs or {}), optimizer, remove=remove)
+
+
+def _remove(
+    module: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    kwargs: dict[str, Any],
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    remove: bool,
+) -> Removal:
     refuse_shards(module)
     if isinstance(module, nn.parallel.DistributedDataParallel):
         raise UsageError("give the module inside DistributedDataParallel, and wrap it again afterwards")
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    kwargs = dict(kwargs or {})
     plan = plan_removal(module, args, kwargs)
+    if optimizer is not None and remove and plan.cuts:
+        refuse_optimizer(optimizer)
     change = _Change(module)
     before = _outputs(module, args, kwargs)
-    for name, constant in plan.added.items():
-        change.add_to_bias(name, constant)
-    if remove:
-        for name, axes in plan.cuts.items():
-            change.cut(name, axes)
-    else:
-        for name, (axis, kept) in plan.inputs.items():
-            change.freeze_inputs(name, axis, kept)
-    change.settle_widths(plan if remove else Plan())
     try:
+        for name, constant in plan.added.items():
+            change.add_to_bias(name, constant)
+        if remove:
+            for name, axes in plan.cuts.items():
+                change.cut(name, axes)
+        else:
+            for name, (axis, kept) in plan.inputs.items():
+                change.freeze_inputs(name, axis, kept)
+        change.settle_widths(plan if remove else Plan())
         _compare(before, lambda: _outputs(module, args, kwargs))
-    except VerificationError:
+    except BaseException:
         change.undo()
         raise
     change.carry_over(optimizer)
     return change.summary()
 
 
+@contextmanager
+def _neither_inference_nor_autocast(module: nn.Module) -> Iterator[None]:
+    """Parameters that are made in inference mode cannot be trained, and those read through casts are not recognised."""
+    kinds = {parameter.device.type for parameter in module.parameters()} - {"meta"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise UsageError for an optimiser whose state cannot follow parameters that get smaller."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UsageError(
+            "LBFGS remembers all parameters as one vector, of which no parts can be taken out: call this without "
+            "optimizer and make a new one"
+        )
+
+
 def match_widths(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give a fresh model the widths of a state dict that was saved after units were removed, to load it then.
 
     Every parameter and buffer of another shape is replaced by an empty one. Raises UsageError where the state has
-    tensors of another rank, or none for a parameter of the model, and for a sharded model.
+    tensors of another rank, or none for a parameter of the model, and for a sharded model; nothing is changed then.
     """
     if has_shards(module):
         raise UsageError("the model is sharded already: give it the widths before fully_shard")
     change = _Change(module)
+    try:
+        _match(change, module, state)
+    except BaseException:
+        change.undo()
+        raise
+
+
+def _match(change: _Change, module: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, held in {**dict(module.named_parameters()), **dict(module.named_buffers())}.items():
         wanted = state.get(name)
         if wanted is None and isinstance(held, nn.Parameter):
@@ -210,8 +252,7 @@ class _Change:
         for old, new, axes in self._pairs:
             if old in optimizer.state:
                 optimizer.state[new] = {
-                    key: _selected(value, axes) if _is_like(value, old) else value
-                    for key, value in optimizer.state.pop(old).items()
+                    key: _remembered(value, old, axes) for key, value in optimizer.state.pop(old).items()
                 }
 
     def summary(self) -> Removal:
@@ -263,8 +304,13 @@ def _selected(value: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
     return value.clone() if not axes else value
 
 
-def _is_like(value: object, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim > 0
+def _remembered(value: object, parameter: Tensor, axes: Mapping[int, Tensor]) -> object:
+    """Return the part of an optimiser's state that is left; statistics of whole rows or columns have axes of size 1."""
+    if not isinstance(value, Tensor) or not value.ndim or value.ndim != parameter.ndim:
+        return value
+    if any(size not in (1, whole) for size, whole in zip(value.shape, parameter.shape, strict=True)):
+        return value
+    return _selected(value, {axis: kept for axis, kept in axes.items() if value.shape[axis] == len(kept)})
 
 
 def _hide_frozen(owner: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -288,10 +334,19 @@ def _compare(before: list[Tensor], run: Callable[[], list[Tensor]]) -> None:
             "as those of its inputs, or keep the widths with remove=False"
         ) from error
     for old, new in zip(before, after, strict=True):
-        scale = old.abs().max() if old.numel() else torch.ones(())
-        tolerance = TOLERANCE.get(old.dtype, 2e-2 if old.is_floating_point() else 0.0)
-        if old.shape != new.shape or bool(((old - new).abs() > tolerance * scale).any()):
+        if old.shape != new.shape or not _agree(old, new):
             raise VerificationError(
                 "the module gives something else with fewer channels; nothing was changed: keep the widths with "
                 "remove=False"
             )
+
+
+def _agree(old: Tensor, new: Tensor) -> bool:
+    """Whether two results are the same within the tolerance of their dtype; what is not finite must be the same."""
+    if not (old.is_floating_point() or old.is_complex()):
+        return torch.equal(old, new)
+    finite = old.isfinite()
+    tolerance = TOLERANCE.get(old.dtype, 2e-2)
+    scale = old[finite].abs().max() if bool(finite.any()) else 0.0
+    close = (old - new).abs() <= tolerance * scale
+    return bool(torch.where(finite, close, (old == new) | (old.isnan() & new.isnan())).all())

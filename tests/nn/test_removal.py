@@ -392,3 +392,106 @@ def test_noise_behind_norms_lets_everything_go():
     every_second_off(model)
     remove_off_units(model, X[:2])
     assert all(layer.off is None for layer in noise_layers(model))
+
+
+ROWS = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+
+
+def perceptron():
+    """Six hidden units, two of them off."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    insert_noise(model, "0")
+    model[0].noise_after.switch_off(torch.arange(6) < 2)
+    return model
+
+
+def learn(model, optimizer):
+    optimizer.zero_grad()
+    model.train()(ROWS).square().sum().backward()
+    optimizer.step()
+
+
+def test_statistics_of_rows_and_columns_follow_the_parameters():
+    model = perceptron()
+    optimizer = torch.optim.Adafactor(model.parameters())
+    learn(model, optimizer)
+    before = dict(optimizer.state[model[0].weight])
+    remove_off_units(model, ROWS, optimizer=optimizer)
+    after = optimizer.state[model[0].weight]
+    assert torch.equal(after["row_var"], before["row_var"][2:])
+    assert torch.equal(after["col_var"], before["col_var"])
+    learn(model, optimizer)
+
+
+@pytest.mark.parametrize("use", [remove_off_units, TrainingPruner])
+def test_an_optimiser_whose_state_cannot_follow_is_refused_before_anything_changes(use):
+    model = perceptron()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(UsageError, match="LBFGS remembers all parameters as one vector"):
+        use(model, ROWS, optimizer=optimizer)
+    assert model[0].weight.shape == (6, 4)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_units_leave_in_inference_mode_and_under_autocast_as_elsewhere(mode):
+    model = perceptron()
+    with mode():
+        model[0].noise_after.switch_off(torch.arange(6) < 3)
+        assert remove_off_units(model, ROWS).units == {"0.noise_after": 3}
+    assert not any(value.is_inference() for value in model.state_dict().values())
+    learn(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+class WithFlags(nn.Module):
+    """Results that are no numbers to subtract, and some that are not finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = perceptron()
+
+    def forward(self, x):
+        y = self.body(x)
+        return y, y > 0, torch.where(y > 0, torch.inf, torch.nan)
+
+
+def test_flags_and_infinities_among_the_results_are_compared_as_they_are():
+    assert remove_off_units(WithFlags(), ROWS).units == {"body.0.noise_after": 2}
+
+
+class BreaksWhenNarrow(nn.Module):
+    """Gives NaN as soon as a layer is narrower than it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = perceptron()
+
+    def forward(self, x):
+        return self.body(x) * (1.0 if self.body[0].weight.shape[0] == 6 else torch.nan)
+
+
+def test_a_module_that_gives_nan_with_fewer_channels_keeps_them():
+    model = BreaksWhenNarrow()
+    with pytest.raises(VerificationError, match="gives something else with fewer channels"):
+        remove_off_units(model, ROWS)
+    assert model.body[0].weight.shape == (6, 4)
+
+
+def test_a_state_that_does_not_fit_leaves_the_model_as_it_was():
+    model = perceptron()
+    state = {**model.state_dict(), "0.weight": torch.zeros(3, 4), "2.weight": torch.zeros(3)}
+    with pytest.raises(UsageError, match=r"'2.weight' has shape \(3,\) in the state"):
+        match_widths(model, state)
+    assert model[0].weight.shape == (6, 4)
+
+
+def test_counts_of_other_widths_are_refused():
+    model = perceptron()
+    pruner = TrainingPruner(model, ROWS)
+    pruner.epoch_end()
+    counts = pruner.state_dict()
+    remove_off_units(model, ROWS)
+    with pytest.raises(
+        NoiseArgumentError, match=r"the counts of '0.noise_after' are of 6 units, the model has 4"
+    ):
+        pruner.load_state_dict(counts)
