@@ -9,6 +9,7 @@ from pathlib import Path
 from sbp_compile.errors import UsageError
 
 OPSET = 20
+INT8_OPSET = 13
 
 ONNX, EXPORTED, WEIGHTS = ".onnx", ".pt2", ".safetensors"
 TORCHSCRIPT = (".ts", ".pt")
@@ -53,6 +54,10 @@ class OutputOptions:
         if self.int8 is not None and (self.fp16 or self.external_data):
             other = "fp16" if self.fp16 else "external_data"
             raise UsageError(f"int8 and {other} exclude each other")
+        if self.int8 is not None and self.opset is not None and self.opset < INT8_OPSET:
+            raise UsageError(
+                f"int8 needs opset {INT8_OPSET} or newer, whose weights have a scale for each channel"
+            )
         for name in ("opset", "external_data", "int8"):
             if getattr(self, name) not in {None, False} and path.suffix != ONNX:
                 raise UsageError(f"{_flag(name)} is for .onnx outputs, not for {path.name!r}")

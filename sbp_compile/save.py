@@ -29,7 +29,7 @@ from sbp_compile.emit.source_file import is_unchanged, load_source, network_sour
 from sbp_compile.emit.torchscript import TracedCall, load_torchscript, refuse_frozen_sizes, torchscript_bytes
 from sbp_compile.emit.weights import load_weights, save_weights
 from sbp_compile.errors import OpsetWarning, OutputError
-from sbp_compile.output_options import EXPORTED, ONNX, TORCHSCRIPT, WEIGHTS, OutputOptions
+from sbp_compile.output_options import EXPORTED, INT8_OPSET, ONNX, TORCHSCRIPT, WEIGHTS, OutputOptions
 from sbp_compile.verify import Reference, verify_module, verify_onnx
 from sbp_compile.verify_half import ROUNDED_TO_HALF, half_references, verify_half_arithmetic
 from sbp_compile.verify_inputs import random_inputs
@@ -149,8 +149,11 @@ def _write_int8(output: _Output, model: onnx.ModelProto, path: Path, examples: P
 def _onnx_model(output: _Output) -> onnx.ModelProto:
     """Return the model in the opset that was asked for, else in that of the file it came from, as far as that goes."""
     asked, interface = output.options.opset, output.interface
+    wanted = interface
+    if interface is not None and output.options.int8 is not None:
+        wanted = replace(interface, opset=max(interface.opset, INT8_OPSET))
     model = onnx_model(
-        output.program, output.names, output.metadata, opset=asked, dtype=output.dtype, interface=interface
+        output.program, output.names, output.metadata, opset=asked, dtype=output.dtype, interface=wanted
     )
     if asked is None and interface is not None and opset_of(model) != interface.opset:
         warnings.warn(

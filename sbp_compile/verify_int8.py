@@ -40,6 +40,12 @@ def load_calibration(path: str | Path, program: Program) -> Calibration:
     is_input = LABELS in {entry.shown for entry in program.inputs}
     labels = None if is_input else arrays.pop(LABELS, None)
     tensors = inputs_of(arrays, path, program)
+    for entry, value in zip(program.inputs, tensors, strict=True):
+        if not bool(value.isfinite().all()):
+            raise InputError(
+                f"input {entry.shown!r} in {str(path)!r} has values that are NaN or infinite, and no range of 8 bits "
+                "holds them; leave these examples out"
+            )
     examples = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
     if labels is not None and (labels.shape != (examples,) or labels.dtype.kind not in "iu"):
         raise InputError(

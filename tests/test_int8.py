@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 import sbp_compile
+from sbp_compile import load_model
 from sbp_compile.cli import main
-from sbp_compile.errors import InputError, UnsupportedModelError, UsageError
+from sbp_compile.compiler import compile_file
+from sbp_compile.errors import InputError, OpsetWarning, UnsupportedModelError, UsageError
 
 
 class Masked(nn.Sequential):
@@ -94,6 +96,10 @@ def test_the_command_line_tells_and_times_it(tmp_path, capsys):
     [
         ({"other": np.zeros((2, 3, 8, 8), np.float32), "more": np.zeros(2)}, "are named"),
         ({"input": np.zeros((2, 3, 9, 9), np.float32)}, "has shape"),
+        (
+            {"input": np.full((2, 3, 8, 8), np.nan, np.float32)},
+            "values that are NaN or infinite, and no range",
+        ),
         ({"input": np.zeros((2, 3, 8, 8), np.float32), "labels": np.zeros(3, np.int64)}, "'labels' in"),
         ({"input": np.zeros((2, 3, 8, 8), np.float32), "labels": np.zeros(2)}, "'labels' in"),
     ],
@@ -108,6 +114,7 @@ def test_examples_that_do_not_fit_are_refused(arrays, message, compiled, tmp_pat
     ("name", "options", "message"),
     [
         ("a.pt2", {}, "--int8 is for .onnx outputs"),
+        ("a.onnx", {"opset": 12}, "int8 needs opset 13 or newer"),
         ("a.onnx", {"fp16": True}, "int8 and fp16 exclude each other"),
         ("a.onnx", {"external_data": True}, "int8 and external_data exclude each other"),
     ],
@@ -115,6 +122,16 @@ def test_examples_that_do_not_fit_are_refused(arrays, message, compiled, tmp_pat
 def test_what_goes_with_8_bits_is_said(name, options, message, compiled, tmp_path):
     with pytest.raises(UsageError, match=message):
         compiled.save(tmp_path / name, int8=tmp_path / "calibration.npz", **options)
+
+
+def test_a_file_of_an_older_opset_gets_one_that_has_8_bits(compiled, tmp_path):
+    compiled.save(tmp_path / "old.onnx", opset=11)
+    old = compile_file(load_model(tmp_path / "old.onnx"))
+    with pytest.warns(
+        OpsetWarning, match="cannot be written in opset 11, which the file has; it is written in opset 13"
+    ):
+        old.save(tmp_path / "int8.onnx", int8=calibration(tmp_path))
+    assert onnx.load(tmp_path / "int8.onnx").opset_import[0].version == 13
 
 
 def test_a_network_without_layers_is_refused(tmp_path):
