@@ -33,7 +33,7 @@ def build(factory: Factory, arguments: Mapping[str, Any] | Sequence[Any] = ()) -
     _check_arguments(name, call, positional, keywords)
     try:
         made = call(*positional, **keywords)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise UsageError(f"--arch {name} failed: {type(error).__name__}: {_first_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise UsageError(f"--arch {name} returned a {type(made).__name__}; expected a torch.nn.Module")
@@ -83,7 +83,7 @@ def _found(name: str) -> Callable[..., Any]:
                 f"--arch {name}: there is no module {error.name!r}; run from the folder that it lies in, or add that "
                 "folder to PYTHONPATH"
             ) from error
-        except Exception as error:  # whatever the user's code raises
+        except (Exception, SystemExit) as error:  # whatever the user's code raises; a script may end itself
             raise UsageError(
                 f"--arch {name}: importing {module_name!r} failed: {type(error).__name__}: {_first_line(error)}"
             ) from error

@@ -177,7 +177,7 @@ def _only(found: Mapping[Any, Any], what: str) -> Any:
 
 def _without_prefixes(state: State, wanted: Mapping[str, Any]) -> State:
     """Return the state with wrappers' prefixes off, if its keys come closer to those wanted that way."""
-    best = state
+    best = _without_count(state, wanted)
     for strip in (_strip_wrappers, _strip_common):
         stripped = strip(best)
         if len(stripped) == len(best) and len(stripped.keys() & wanted.keys()) > len(
@@ -185,6 +185,13 @@ def _without_prefixes(state: State, wanted: Mapping[str, Any]) -> State:
         ):
             best = stripped
     return best
+
+
+def _without_count(state: State, wanted: Mapping[str, Any]) -> State:
+    """Return the state without what torch's AveragedModel counts, beside the module that it averages."""
+    own = {key: value for key, value in state.items() if key != "n_averaged"}
+    is_averaged = "n_averaged" not in wanted and all(key.startswith("module.") for key in own)
+    return own if is_averaged else state
 
 
 def _strip_wrappers(state: State) -> State:
@@ -247,7 +254,7 @@ def _check_dtypes(wanted: Mapping[str, Any], state: State, name: str) -> None:
             raise InputError(
                 f"the weights do not fit {name}: {key} is {found} in the file and {kind} in the network"
             )
-    narrowed = [key for key, found, kind in pairs if torch.promote_types(found, kind) != kind]
+    narrowed = [key for key, found, kind in pairs if _is_narrower(kind, found)]
     if narrowed:
         warnings.warn(
             f"{_shown(narrowed)}: {state[narrowed[0]].dtype} in the file, rounded to the {wanted[narrowed[0]].dtype} "
@@ -255,6 +262,13 @@ def _check_dtypes(wanted: Mapping[str, Any], state: State, name: str) -> None:
             NarrowedWeightsWarning,
             stacklevel=4,
         )
+
+
+def _is_narrower(kind: torch.dtype, found: torch.dtype) -> bool:
+    try:
+        return torch.promote_types(found, kind) != kind
+    except RuntimeError:  # torch promotes no float8
+        return kind.itemsize <= found.itemsize
 
 
 def _takes_fractions(dtype: torch.dtype) -> bool:

@@ -57,6 +57,7 @@ WRAPPED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     },
     "model": lambda state: {"model": state, "best": 0.93, "names": ["cat", "dog"]},
     "DDP": lambda state: prefixed(state, "module."),
+    "a moving average": lambda state: {"n_averaged": torch.tensor(3), **prefixed(state, "module.")},
     "torch.compile": lambda state: {"model": prefixed(state, "_orig_mod.")},
     "both": lambda state: prefixed(state, "_orig_mod.module."),
     "both, the other way": lambda state: prefixed(state, "module._orig_mod."),
@@ -397,3 +398,26 @@ def test_the_payload_would_run_if_it_were_trusted(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     pickle.loads(pickle.dumps(Payload()))
     assert Path("touched").exists()
+
+
+def test_weights_in_float8_are_widened(tmp_path: Path) -> None:
+    net = Net()
+    narrow = {
+        key: value.to(torch.float8_e5m2) if value.is_floating_point() else value
+        for key, value in net.state_dict().items()
+    }
+    safetensors.torch.save_file(narrow, tmp_path / "w.safetensors")
+    loaded = load_model(tmp_path / "w.safetensors", arch=Net, example_inputs=torch.randn(2, 6))
+    assert torch.equal(loaded.exported_program.state_dict["first.weight"], narrow["first.weight"].float())
+
+
+@pytest.mark.parametrize("code", ["import sys\nsys.exit()", "import sys\ndef make(): sys.exit(0)"])
+def test_a_script_that_ends_itself_is_no_success(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ends_itself", raising=False)
+    (tmp_path / "ends_itself.py").write_text(code)
+    torch.save(Net().state_dict(), tmp_path / "w.pt")
+    with pytest.raises(UsageError, match="SystemExit"):
+        load_model(tmp_path / "w.pt", arch="ends_itself:make", example_inputs=torch.randn(2, 6))
