@@ -15,6 +15,7 @@ A tuner measures layers where a table guesses, and whole networks where the esti
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -129,7 +130,10 @@ class ChooseWidths(Pipeline):
             steps.append(Seen(step.name, step.notes, tuple(noted(step) for _, noted in self.watchers)))
 
         inner = Pipeline(passes, self.name, self.repeat, self.limit).with_callback(see)
-        return inner(program), steps
+        result = inner(program)
+        # Graphs refer to themselves: the Programs on the way, with their constants, would stay through later runs.
+        gc.collect()
+        return result, steps
 
     def _widened(self, passes: tuple[Pass, ...], program: Program, minimal: Run, target: Target) -> Run:
         """The fastest by the target's estimate of the minimal network and those that follow from it.
