@@ -137,7 +137,11 @@ def refuse_unless_writable(path: Path) -> None:
                 f"cannot write {str(path)!r}: folder {str(path.parent)!r} does not exist; create it first"
             )
     if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"cannot write {str(path)!r}: no permission to write in {str(path.parent)!r}")
+        is_mounted_so = hasattr(os, "statvfs") and os.statvfs(path.parent).f_flag & os.ST_RDONLY
+        reason = (
+            "read-only file system" if is_mounted_so else f"no permission to write in {str(path.parent)!r}"
+        )
+        raise OutputError(f"cannot write {str(path)!r}: {reason}")
 
 
 def _create_beside(target: Path) -> Path:

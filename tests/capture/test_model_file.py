@@ -222,7 +222,7 @@ def test_what_cannot_be_saved_is_said_and_nothing_is_left(
 
 
 def test_a_path_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="no folder"):
+    with pytest.raises(OutputError, match="does not exist; create it first"):
         save_model(Net(), torch.ones(2, 6), tmp_path / "nowhere" / "m")
 
 
