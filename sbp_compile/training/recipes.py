@@ -163,7 +163,7 @@ RECIPES = {
             _CIFAR_SHORT,
             Noise(_CIFAR_SHORT, noise_factor=60.0, pressure=0.3, recalibrate=True),
             Noise(_CIFAR_SHORT, _VGG_SBPA, noise_factor=60.0, pressure=0.3, recalibrate=True),
-            SparseVD(_CIFAR_SHORT, 0.3),
+            SparseVD(_CIFAR_SHORT, 0.02),
             GroupLasso(_CIFAR_SHORT, 3.0),
         ),
     ),
