@@ -144,8 +144,7 @@ class Noisy(Dense):
         return float(kl_divergence(self.module).detach())
 
     def settle(self, images: Tensor) -> None:
-        if self.settings.recalibrate:
-            recalibrate_norms(self.module, torch.split(images, _RECALIBRATION_BATCH))
+        _settle(self, images)
 
     def left(self) -> Left:
         if self._costs is None:
@@ -188,6 +187,9 @@ class SparseWeights(Dense):
 
     def divergence(self) -> float:
         return float(self._kl().detach())
+
+    def settle(self, images: Tensor) -> None:
+        _settle(self, images)
 
     def network(self) -> nn.Module:
         plain = copy.deepcopy(self.module)
@@ -238,6 +240,11 @@ def make_method(dense: nn.Module, example: Tensor, settings: recipes.Settings) -
     if isinstance(settings, recipes.GroupLasso):
         return Lassoed(dense, example, settings)
     return Dropped(dense, example, settings)
+
+
+def _settle(method: Noisy | SparseWeights, images: Tensor) -> None:
+    if method.settings.recalibrate:
+        recalibrate_norms(method.module, torch.split(images, _RECALIBRATION_BATCH))
 
 
 def _warmed(warm_up: float, step: int, steps: int) -> float:

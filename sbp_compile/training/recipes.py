@@ -46,13 +46,17 @@ class Noise:
 
 @dataclass(frozen=True)
 class SparseVD:
-    """Sparse variational dropout: log_sigma2 starts at `init_log_sigma2` and learns `factor` times faster."""
+    """Sparse variational dropout: log_sigma2 starts at `init_log_sigma2` and learns `factor` times faster.
+
+    `recalibrate`: as for `Noise`.
+    """
 
     phase: Phase
     kl_weight: float = 1.0
     factor: float = 10.0
     init_log_sigma2: float = -10.0
     warm_up: float = 0.3
+    recalibrate: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ RECIPES = {
             _CIFAR_SHORT,
             Noise(_CIFAR_SHORT, noise_factor=60.0, pressure=0.3, recalibrate=True),
             Noise(_CIFAR_SHORT, _VGG_SBPA, noise_factor=60.0, pressure=0.3, recalibrate=True),
-            SparseVD(_CIFAR_SHORT, 0.02),
+            SparseVD(_CIFAR_SHORT, 0.02, recalibrate=True),
             GroupLasso(_CIFAR_SHORT, 3.0),
         ),
     ),
