@@ -120,7 +120,10 @@ def _scatter(op: Op, rewriter: Rewriter) -> fx.Node | None:
 
 
 def _index_along(op: Op) -> Tensor | None:
-    """The constant index of a gather or scatter that is the same for all lines along the axis, and covers them all."""
+    """The constant index of a gather or scatter that is the same for all lines along the axis, and covers them all.
+
+    int64, (as many as are read or put,).
+    """
     x, index, axis = op.args["self"], op.args["index"], _axis(op)
     covered = op.program.infos.get(index)
     while isinstance(index, fx.Node) and index.target in {aten.expand.default, *_COPIES}:
@@ -129,14 +132,14 @@ def _index_along(op: Op) -> Tensor | None:
     if covered is None or held is None or info is None or held.ndim != info.rank:
         return None
     beside = [each for each in range(info.rank) if each != axis]
-    if any(covered.key(each) != info.key(each) for each in beside):
+    if not covered.is_static(axis) or any(covered.key(each) != info.key(each) for each in beside):
         return None
     for each in beside:
         first = held.narrow(each, 0, 1)
         if not bool((held == first).all()):
             return None
         held = first
-    return held.flatten().long()
+    return held.flatten().long().expand(covered.sizes[axis])
 
 
 _COPIES = (aten.clone.default, aten._to_copy.default, aten.alias.default)

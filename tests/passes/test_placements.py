@@ -84,6 +84,13 @@ def test_a_constant_gather_that_is_the_same_everywhere_reads_whole_channels(expa
     assert shapes_of(result)["first.weight"] == (3, 3, 1, 1)
 
 
+def test_one_place_that_is_expanded_along_the_axis_is_read_as_often():
+    place = torch.tensor([[[[2]]]])
+    result = check(Net(lambda x: x.gather(3, place.expand(x.shape[0], 8, 4, 3))), torch.randn(2, 8, 4, 4))
+    [(sizes, _)] = [(info.sizes, node) for node, info in result.infos.items() if node in result.outputs]
+    assert sizes == (2, 8, 4, 3)
+
+
 def test_repeating_the_batch_repeats_a_new_axis():
     program = capture(Net(lambda x: x.repeat_interleave(2, 0)), torch.randn(2, 8, 4, 4))
     result = DIALECT(program).program
