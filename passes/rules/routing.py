@@ -35,7 +35,7 @@ class Routing:
     """What a call does.
 
     `aligned`: for each tensor operand, its static axes that are axes of the result. `data`: operands whose entries
-    arrive in the result. `base`: the one of them that stays where nothing arrives. `reads`: entries arrive as they are.
+    arrive in the result. `base`: what they are added to, which may be one of them. `reads`: entries arrive as they are.
     """
 
     aligned: Mapping[fx.Node, Alignment]
@@ -59,15 +59,18 @@ class Routed(Rule):
         routing, by_node = self.routing(op), dict(zip(op.operands, facts, strict=True))
         if not routing.data or not all(by_node[node].any_known for node in routing.data):
             return Facts.unknown(op.out)
-        met = {node: _flat(op, node, by_node[node], routing.aligned[node]) for node in routing.data}
+
+        def met(node: fx.Node) -> Facts:
+            return _flat(op, node, by_node[node], routing.aligned[node])
+
         if routing.reads:
-            [found] = met.values()
-            return found
-        zeros = [fact.forget(fact.value != 0).known for node, fact in met.items() if node != routing.base]
+            [x] = routing.data
+            return met(x)
+        zeros = [fact.forget(fact.value != 0).known for fact in map(met, routing.data)]
         known = torch.stack(torch.broadcast_tensors(*zeros)).all(dim=0)  # type: ignore[no-untyped-call]
-        base = met[routing.base] if routing.base is not None else None
-        if base is None:
+        if routing.base is None:
             return Facts(torch.zeros([1] * op.out.rank, dtype=op.out.dtype), known)
+        base = met(routing.base)
         return Facts(base.value, base.known & known)
 
     def backward(self, op: Op, demand: Tensor, facts: Sequence[Facts]) -> Sequence[Tensor]:
@@ -125,7 +128,7 @@ def _index(op: Op) -> Routing | None:
     x, indices = op.args["self"], op.args["indices"]
     used = [axis for axis, index in enumerate(indices) if index is not None]
     infos = [op.program.infos.get(indices[axis]) for axis in used]
-    if x not in op.program.infos or not used:
+    if x not in op.program.infos or not used or x in {indices[axis] for axis in used}:
         return None
     if any(info is None or info.dtype not in (torch.int32, torch.int64) for info in infos):
         return None
@@ -157,7 +160,7 @@ def _index_add(op: Op) -> Routing | None:
     if not {x, index, source} <= op.program.infos.keys() or op.out.rank == 0:
         return None
     aligned = _beside(op, [op.axis(op.args["dim"])], x, source)
-    return Routing({**aligned, index: {}}, (x, source), base=x)
+    return Routing({**aligned, index: {}}, (source,), base=x)
 
 
 def _scatter(op: Op) -> Routing | None:
@@ -165,8 +168,10 @@ def _scatter(op: Op) -> Routing | None:
     x, index, source = (op.args[name] for name in ("self", "index", "src"))
     if not {x, index, source} <= op.program.infos.keys() or op.out.rank == 0 or index == source:
         return None
-    base = x if op.target is aten.scatter_add.default else None
-    return Routing(_beside(op, [op.axis(op.args["dim"])], x, index, source), (x, source), base=base)
+    aligned = _beside(op, [op.axis(op.args["dim"])], x, index, source)
+    if op.target is aten.scatter_add.default:
+        return Routing(aligned, (source,), base=x)
+    return Routing(aligned, (x, source))
 
 
 def _index_copy(op: Op) -> Routing | None:

@@ -76,3 +76,24 @@ def test_channels_beside_positions_that_the_input_decides(name):
     result = check(Images(BETWEEN[name]), torch.randn(2, 3, 4, 6))
     assert shapes_of(result)["first.weight"] == (4, 3, 3, 3)
     assert shapes_of(result)["second.weight"] == (2, 4, 1, 1)
+
+
+ADDED_TO_ITSELF = [
+    lambda x, places: x.index_add(3, places[0, 0, 0], x),
+    lambda x, places: x.scatter_add(3, places.expand_as(x), x),
+]
+
+
+@pytest.mark.parametrize("add", ADDED_TO_ITSELF)
+def test_what_is_added_to_itself_is_known_where_it_is_zero(add):
+    result = check(Images(lambda x: add(x, x[:, :1].argsort(3))), torch.randn(2, 3, 4, 6))
+    assert shapes_of(result)["first.weight"] == (4, 3, 3, 3)
+
+
+def test_numbers_that_say_where_to_read_among_themselves_stay_whole():
+    class Following(nn.Module):
+        def forward(self, x):
+            x = x[:, [2, 0, 3, 1]]
+            return x[x][:, :, 1]
+
+    check(Following(), torch.randint(0, 3, (3, 4)), dynamic=False)
