@@ -10,7 +10,9 @@
 - a concatenation loses operands without entries;
 - an instance norm between two views, as ONNX files have a group norm, becomes a group norm;
 - pad becomes constant_pad_nd, reflection_pad* or replication_pad*, and nothing where it adds nothing;
-- the operators of `a & b`, `a | b` and `a ^ b` become bitwise_and, bitwise_or and bitwise_xor.
+- the operators of `a & b`, `a | b` and `a ^ b` become bitwise_and, bitwise_or and bitwise_xor;
+- real and imaginary parts of a conjugate are those of one that is computed: torch captures those of what it holds as a
+  conjugate already (ihfft), which a constant in its place is not.
 
 Another call whose other outputs are used stays as it is.
 """
@@ -121,6 +123,14 @@ def _constant_pad(op: Op, rewriter: Rewriter) -> fx.Node | None:
     """Drop a pad that adds nothing."""
     nothing = bool(op.operands) and all(pad == 0 for pad in op.args["pad"])
     return rewriter.value(op.operands[0]) if nothing else None
+
+
+def _parts_of_conjugate(op: Op, rewriter: Rewriter) -> fx.Node | None:
+    x = op.args["self"]
+    if not isinstance(x, fx.Node) or x.target is not aten._conj.default:
+        return None
+    resolved = rewriter.call(aten.resolve_conj.default, (rewriter.value(x),), like=op.node, step="resolved")
+    return rewriter.call(op.target, (resolved,), like=op.node)
 
 
 OWN_ENTRIES = {
@@ -272,6 +282,7 @@ SPELLINGS: dict[Any, Spelling] = {
     aten.__or__.Tensor: _renamed(aten.bitwise_or.Tensor),
     aten.__xor__.Tensor: _renamed(aten.bitwise_xor.Tensor),
     aten.type_as.default: _type_as,
+    aten.view_as_real.default: _parts_of_conjugate,
     aten.diagonal_copy.default: _renamed(aten.diagonal.default),
     aten.pad.default: _pad,
     aten.constant_pad_nd.default: _constant_pad,

@@ -145,3 +145,11 @@ def test_a_slice_of_one_entry_that_is_squeezed_is_a_piece_of_the_flat_axis(start
     found = canonical(lambda x: heads(x, start, end, 0), 2, 5, 24)
     assert (aten.squeeze.dim in found) == (start == -9)
     assert found.index(aten.slice.Tensor) == (0 if start > -9 else 2)
+
+
+def test_parts_of_a_conjugate_that_became_a_constant():
+    class Spectrum(nn.Module):
+        def forward(self, x):
+            return torch.fft.ihfft(x * torch.zeros(8, 1)).real + x.mean()
+
+    check(Spectrum(), torch.randn(2, 8, 4))
