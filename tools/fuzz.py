@@ -55,17 +55,22 @@ def parser() -> argparse.ArgumentParser:
         metavar="G",
         help="print the counts after each G graphs (default 500)",
     )
+    made.add_argument(
+        "--routes",
+        action="store_true",
+        help="with computed gathers and scatters, assignments, sampling, Fourier",
+    )
     return made
 
 
-def graphs(seed: int, masks: int, onnx_every: int, folder: Path) -> Iterator[Found]:
+def graphs(seed: int, masks: int, onnx_every: int, folder: Path, routes: bool = False) -> Iterator[Found]:
     """Networks from a seed on, without end, each with what was found."""
 
     def whole_path(spec: networks.Spec) -> checks.Outcome:
         return checks.check_compile(spec, folder)
 
     while True:
-        spec = networks.spec_of(seed)
+        spec = networks.spec_of(seed, networks.WITH_ROUTES if routes else networks.ALL_KINDS)
         for variant, found in checks.check_variants(spec, masks):
             yield seed, variant, found, checks.check_passes
         if onnx_every and seed % onnx_every == 0:
@@ -89,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
         task = progress.add_task("graphs", total=options.graphs)
-        source = graphs(options.seed, options.masks, options.onnx_every, Path(folder))
+        source = graphs(options.seed, options.masks, options.onnx_every, Path(folder), options.routes)
         for number, (seed, spec, found, check) in zip(range(1, options.graphs + 1), source, strict=False):
             if isinstance(found, checks.FuzzError):
                 counts["failed"] += 1

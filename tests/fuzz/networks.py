@@ -6,6 +6,7 @@ does not fit is left out, so that any part of a spec is a spec too: that is what
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ from tests.fuzz.joins import JOINS
 from tests.fuzz.layers import SIMPLE, Kind
 from tests.fuzz.moves import MOVES
 from tests.fuzz.norms import NORMS
+from tests.fuzz.routes import ROUTES
 from tests.fuzz.sequences import SEQUENCES, VOCABULARY
 from tests.fuzz.views import VIEWS
 from tests.fuzz.wiring import WIRING
@@ -56,6 +58,8 @@ class Spec:
 KINDS: dict[str, Kind] = {
     **SIMPLE, **VIEWS, **MOVES, **BLOCKS, **NORMS, **ATTENTION, **SEQUENCES, **GROUPED, **WIRING,
 }  # fmt: skip
+# Not in ALL_KINDS: the networks of the seeds stay what they were.
+ROUTED_KINDS = {**KINDS, **ROUTES}
 OF_INTEGERS = (*VIEWS, *MOVES, "embedding")
 WEIGHTS = {
     "block": 8, "conv": 3, "mask": 7, "residual": 4, "dense": 4, "activation": 4, "binary": 5, "concat": 3,
@@ -64,6 +68,7 @@ WEIGHTS = {
     "squeeze_excite": 2, "embedding": 2, "tied": 2,
 }  # fmt: skip
 ALL_KINDS = (*KINDS, *JOINS)
+WITH_ROUTES = (*ALL_KINDS, *(kind for kind in ROUTES for _ in range(12)))
 
 
 def build(spec: Spec) -> tuple[RandomNetwork, Builder]:
@@ -118,7 +123,7 @@ def apply(step: Step, builder: Builder) -> bool:
     if step.kind in JOINS:
         done = JOINS[step.kind](draw, builder, source)
     else:
-        module = KINDS[step.kind](draw, builder.shape(source))
+        module = ROUTED_KINDS[step.kind](draw, builder.shape(source))
         done = module is not None and builder.add(module, (source,))
     return done
 
@@ -136,7 +141,7 @@ def _choose_outputs(draw: Draw, builder: Builder, spec: Spec) -> None:
     network.results = [count - 1, *sorted(set(extra))[:3]]
 
 
-def spec_of(seed: int) -> Spec:
+def spec_of(seed: int, among: Sequence[str] = ALL_KINDS) -> Spec:
     """The random spec of a seed, with steps that all apply."""
     draw = Draw(seed)
     base = Spec(
@@ -150,7 +155,7 @@ def spec_of(seed: int) -> Spec:
         step = Step("embedding", 2 * back, draw.randrange(1 << 20))
         if position in TOKENS and apply(step, builder):
             builder.applied.append(step)
-    kinds = [kind for kind in ALL_KINDS for _ in range(WEIGHTS.get(kind, 1))]
+    kinds = [kind for kind in among for _ in range(WEIGHTS.get(kind, 1))]
     wanted = draw.one((2, 3, 4, 5, 6, 8, 10))
     for _ in range(4 * wanted):
         back = 0 if draw.chance(0.8) else draw.randrange(6)

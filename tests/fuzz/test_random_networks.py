@@ -83,6 +83,14 @@ def test_the_onnx_file_equals_the_masked_network_in_onnxruntime(first, tmp_path)
     assert tested >= LEAST_TESTED * ONNX_CHUNK
 
 
+def test_networks_with_places_that_the_input_decides_in_float64():
+    for seed in range(3):
+        spec = networks.spec_of(seed, networks.WITH_ROUTES)
+        for variant, found in checks.check_variants(spec, 2):
+            if isinstance(found, checks.FuzzError):
+                fail(variant, found, checks.check_passes)
+
+
 def test_a_spec_always_builds_the_same_network():
     spec = networks.spec_of(5)
     first, second = (networks.build(spec)[0] for _ in range(2))
