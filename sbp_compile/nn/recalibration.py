@@ -6,10 +6,13 @@ arXiv 1801.05134). So the statistics are taken anew.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+
+from sbp_compile.nn.noise import NoiseArgumentError
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -19,25 +22,38 @@ def recalibrate_norms(module: nn.Module, batches: Iterable[Tensor]) -> int:
 
     `batches`: inputs of `module`, each with the batch first; every batch counts the same, and what it leaves is the
     mean over batches of their means and variances. Norms without running statistics stay as they are; where nothing
-    is left to do, no batch is read. Modes and momentum are put back; weights do not change.
+    is left to do, no batch is read. Modes and momentum are put back; weights do not change. Raises NoiseArgumentError
+    where there is no batch; then, and where the module fails, the statistics stay what they were.
     """
     norms = [norm for norm in module.modules() if isinstance(norm, _NORMS) and norm.running_mean is not None]
     if not norms:
         return 0
     modes = [(part, part.training) for part in module.modules()]
-    momenta = [norm.momentum for norm in norms]
+    before = [(norm, norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
     module.eval()
     try:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a plain mean over all batches
             norm.train()
-        with torch.no_grad():
-            for batch in batches:
-                module(batch)
+        _run(module, batches)
+    except BaseException:
+        for norm, _, state in before:
+            norm.load_state_dict(state)
+        raise
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum, _ in before:
             norm.momentum = momentum
         for part, training in modes:
             part.training = training
     return len(norms)
+
+
+def _run(module: nn.Module, batches: Iterable[Tensor]) -> None:
+    count = 0
+    with torch.no_grad():
+        for batch in batches:
+            module(batch)
+            count += 1
+    if not count:
+        raise NoiseArgumentError("`batches` is empty: give at least one batch of inputs")

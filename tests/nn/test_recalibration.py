@@ -1,8 +1,10 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from sbp_compile.nn import LogNormalNoise, recalibrate_norms
+from sbp_compile.nn import LogNormalNoise, NoiseArgumentError, recalibrate_norms
 
 
 def noisy(norm=None):
@@ -34,12 +36,20 @@ def test_everything_but_the_statistics_stays_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
 
-def test_modes_come_back_after_a_failure():
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [([torch.randn(8, 3), torch.randn(8, 4)], "shapes cannot be multiplied"), ([], "`batches` is empty")],
+    ids=["wrong", "none"],
+)
+def test_after_a_failure_everything_is_as_it_was(batches, message):
     model = noisy().train()
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        recalibrate_norms(model, [torch.randn(8, 4)])
+    model(torch.randn(8, 3))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises((RuntimeError, NoiseArgumentError), match=message):
+        recalibrate_norms(model, batches)
     assert all(part.training for part in model.modules())
     assert model[2].momentum == 0.1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
