@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from rich.box import SIMPLE
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
@@ -128,19 +129,37 @@ def build_report(
     return Report(tuple(rows), count(dense), count(small), notes, verification, dict(seconds))
 
 
-def _weights(program: Program) -> dict[str, tuple[str, int, int]]:
-    """Return (operator, output channels, input channels) of each contraction, by name."""
+def _contractions(program: Program, names: Container[str] | None = None) -> dict[str, fx.Node]:
+    """Return the layers with constant weights by name; of `names` also those behind which constants were added.
+
+    What is added to a layer takes over its name.
+    """
     found = {}
     for node in program.calls():
-        weight = program.held(node.args[1]) if node.target in SPATIAL_RANK else None
-        if weight is None or len(weight.shape) < 2:
+        layer = node
+        while (
+            names is not None
+            and layer.target is torch.ops.aten.add.Tensor
+            and isinstance(layer.args[0], fx.Node)
+        ):
+            layer = layer.args[0]
+        if layer.target not in SPATIAL_RANK or (names is not None and node.name not in names):
             continue
-        outputs, inputs = weight.shape[:2]
-        if node.target in TRANSPOSED:
-            groups = schema.bind(node)["groups"]
-            outputs, inputs = inputs * groups, outputs // groups
-        found[node.name] = (str(node.target).split(".")[1], outputs, inputs)
+        weight = program.held(layer.args[1])
+        if weight is not None and len(weight.shape) >= 2:
+            found[node.name] = layer
     return found
+
+
+def _widths(program: Program, layer: fx.Node) -> tuple[int, int]:
+    """Return (output channels, input channels of a group)."""
+    weight = program.held(layer.args[1])
+    assert weight is not None
+    outputs, inputs = weight.shape[:2]
+    if layer.target not in TRANSPOSED:
+        return outputs, inputs
+    groups = schema.bind(layer)["groups"]
+    return inputs * groups, outputs // groups
 
 
 Analysed = tuple[Program, Mapping[str, fx.Node]]
@@ -148,48 +167,49 @@ Analysed = tuple[Program, Mapping[str, fx.Node]]
 
 def _layers(dense: Program, small: Program, programs: Sequence[Program]) -> list[Layer]:
     analyses = [(program, {node.name: node for node in program.calls()}) for program in programs]
-    before, after = _weights(dense), _weights(small)
+    before = _contractions(dense)
+    after = _contractions(small, before)
     macs, macs_after = macs_by_node(dense), macs_by_node(small)
-    labels = {node.name: node.meta.get("module") or node.name for node in dense.calls()}
     rows = []
-    for name, (kind, channels, inputs) in before.items():
-        kept = after.get(name, (kind, 0, 0))
-        masked, reason = _explained(name, channels, kept[1], analyses)
-        after_macs = macs_after.get(name, 0)
+    for name, layer in before.items():
+        channels, inputs = _widths(dense, layer)
+        left = after.get(name)
+        kept, inputs_kept = (0, 0) if left is None else _widths(small, left)
+        masked, reason = _explained(layer, channels, kept, analyses)
         rows.append(
             Layer(
-                labels[name],
-                kind,
+                layer.meta.get("module") or name,
+                str(layer.target).split(".")[1],
                 channels,
                 masked,
-                kept[1],
+                kept,
                 inputs,
-                kept[2],
+                inputs_kept,
                 macs.get(name, 0),
-                after_macs,
+                0 if left is None else macs_after.get(left.name, 0),
                 reason,
             )
         )
     return rows
 
 
-def _explained(name: str, channels: int, kept: int, analyses: Sequence[Analysed]) -> tuple[int, str]:
+def _explained(layer: fx.Node, channels: int, kept: int, analyses: Sequence[Analysed]) -> tuple[int, str]:
     """Return (how many output channels were not needed, why more than needed were kept)."""
     reasons: dict[str, int] = {}
-    masked = 0
+    target: Any = layer.target
+    masked, rank = 0, SPATIAL_RANK[target]
     for program, nodes in analyses:
-        node = nodes.get(name)
+        node = nodes.get(layer.name)
         assert isinstance(program.analysis, Analysis)
         if node is None or node not in program.infos:
             break
-        target: Any = node.target
-        axis = program.infos[node].rank - 1 - SPATIAL_RANK.get(target, 0)
-        needed = program.analysis.keep.needed(name, axis)
+        axis = program.infos[node].rank - 1 - rank
+        needed = program.analysis.keep.needed(node.name, axis)
         weight = program.held(node.args[1])
         if needed is None or weight is None:
             break
         masked = max(masked, channels - needed)
-        reasons = {} if kept <= needed else dict(program.analysis.keep.reasons(name, axis))
+        reasons = {} if kept <= needed else dict(program.analysis.keep.reasons(node.name, axis))
     text = ", ".join(f"{number} for {why}" for why, number in reasons.items())
     return masked, text if kept > channels - masked else ""
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import sbp_compile
-from passes import Note
+from passes import FewestMacs, Note, default_pipeline
 from passes.ir.cost import Cost
 from sbp_compile.report import Layer, Report
 from tests.networks import MASK, Masked
@@ -75,6 +75,23 @@ def test_a_layer_that_became_part_of_another_is_named() -> None:
     report = sbp_compile.compile(network, torch.randn(4, 6)).report
     assert [layer.kept for layer in report.layers] == [0, 2]
     assert "1: is one layer with 0, in front of it" in printed(report)
+
+
+def test_a_layer_to_which_constants_are_added_still_has_its_row() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(4, 2, 1),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        network[0].weight[5:] = 0.0
+        network[1].bias.fill_(0.5)
+    pipeline = default_pipeline(FewestMacs())
+    found = sbp_compile.compile(network, torch.randn(2, 3, 8, 8), pipeline=pipeline).report
+    assert any("differ by position" in note.text for note in found.notes)
+    rows = [(row.kind, row.masked, row.kept, row.inputs_kept) for row in found.layers]
+    assert rows == [("conv2d", 3, 5, 3), ("conv2d", 0, 4, 5), ("conv2d", 0, 2, 4)]
+    assert sum(row.macs_kept for row in found.layers) == found.after.macs
 
 
 def test_operators_without_a_rule_are_named_with_their_number() -> None:
