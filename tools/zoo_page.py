@@ -76,7 +76,7 @@ MEANINGS = {
     "read whole by": "an operator reads the whole axis",
     UNEXPLAINED: "the analysis takes these channels for needed and the measurement says that they are not: an operator "
     "without a rule asks for everything, and so do rules where they are cautious",
-    UNKNOWN: "a rewriting made it",
+    UNKNOWN: "a rewriting made it, mostly of a layer behind which constants are added: the sum has its name",
 }
 
 
