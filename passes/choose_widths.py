@@ -15,7 +15,6 @@ A tuner measures layers where a table guesses, and whole networks where the esti
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -39,6 +38,7 @@ ROUNDS = 3
 PLAIN = "no gather, no map"
 COPYING = frozenset({"lay_out_constants", "separate_edges", "separate_positions"})
 BY_FAR = 0.85  # estimates of networks that differ by less were wrong as often as right
+BETWEEN_RUNS = 1 << 25  # bytes of large constants from which on what a run dropped goes before the next one
 MOST_PARTS = 3  # of a concatenation, whose widths are combined in questions
 
 Watcher = tuple[Callback, Noted]
@@ -131,8 +131,7 @@ class ChooseWidths(Pipeline):
 
         inner = Pipeline(passes, self.name, self.repeat, self.limit).with_callback(see)
         result = inner(program)
-        # Graphs refer to themselves: the Programs on the way, with their constants, would stay through later runs.
-        gc.collect()
+        program.constants.free_dropped(BETWEEN_RUNS)
         return result, steps
 
     def _widened(self, passes: tuple[Pass, ...], program: Program, minimal: Run, target: Target) -> Run:

@@ -136,8 +136,8 @@ class Constants(Mapping[str, Tensor]):
             found.put(name, Held(held.on_meta(), held.dtype))
         return found
 
-    def free_dropped(self) -> None:
+    def free_dropped(self, total: int = TOTAL) -> None:
         """Free what was dropped where these are much: a Program and its Ops, among others, refer to each other."""
         tensors = [held.tensor for held in self._held.values() if is_large(held.tensor)]
-        if sum(tensor.nbytes for tensor in tensors) >= TOTAL:
+        if sum(tensor.nbytes for tensor in tensors) >= total:
             gc.collect()
